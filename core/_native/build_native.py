@@ -1,0 +1,32 @@
+"""Build the C extension: own types and functions from *.h here, kernel numbers from kernel.cdef."""
+
+from pathlib import Path
+
+from cffi import FFI
+
+HERE = Path(__file__).parent
+HEADERS = ["memory.h", "ring.h"]
+SOURCES = ["memory.c", "ring.c"]
+
+
+def declarations() -> str:
+    """Return the headers as cdef text: they are plain C, only preprocessor lines must go."""
+    text = (HERE / "kernel.cdef").read_text()
+    for name in HEADERS:
+        for line in (HERE / name).read_text().splitlines():
+            keep = not line.startswith("#") or (line.startswith("#define ") and len(line.split()) >= 3)
+            text += line + "\n" if keep else ""
+    return text
+
+
+ffibuilder = FFI()
+ffibuilder.cdef(declarations())
+ffibuilder.set_source(
+    "cellvisor.core._native._native",
+    "#include <linux/kvm.h>\n" + "".join(f'#include "{name}"\n' for name in HEADERS),
+    sources=[f"src/cellvisor/core/_native/{name}" for name in SOURCES],
+    include_dirs=["src/cellvisor/core/_native"],
+    extra_compile_args=["-O2", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter",
+                        "-Wno-missing-field-initializers", "-Wno-cast-function-type", "-std=gnu11"],
+    py_limited_api=True,
+)

@@ -1,0 +1,115 @@
+"""The messages between processes. One enum is one protocol; every body is a msgpack map.
+
+Worker <-> core (ZeroMQ, worker DEALER, core ROUTER; identity `<device>/<generation>/<token>`):
+
+    worker                         core
+      | HELLO {spec}           --->  |   core builds the PCI function, makes eventfds and the state memfd
+      |  (AF_UNIX fds socket: take) |   worker asks for its descriptors, core sends them with SCM_RIGHTS
+      | READY {}               --->  |   memory is mapped: the function may be shown to the guest
+      | <--- ACTIVATE {epoch, queues, features}           on DRIVER_OK; never waited for
+      | <--- RESET {epoch}           |
+      | RESET_DONE {epoch}     --->  |   only now device_status reads 0
+      | <--- PAUSE {}    PAUSED --->  |   nothing in execution, nothing will be fetched
+      | <--- RESUME {}               |
+      | <--- CONFIG_WRITE {offset, data}
+      | CONFIG {data}          --->  |   new device config bytes; core raises the config interrupt
+      | NEEDS_RESET {reason}   --->  |   the guest broke a rule
+      | FAILED {reason}        --->  |   cannot serve (open failed, lock held by ...)
+      | COUNTERS {values}      --->  |
+      | <--- CALL {id, verb, args}   REPLY {id, ok|error} --->   e.g. resize a disk or a console
+      | <--- END {}                  |   release and exit 0
+
+Frames are [identity][body]; body is {"k": kind, ...}. A message whose identity is unknown is dropped.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+import msgpack
+
+from cellvisor.core.errors import UsageError
+
+PROTOCOL = 1
+MAX_MESSAGE = 4 << 20
+
+
+class ToCore(StrEnum):
+    """What a worker may say to core."""
+
+    HELLO = "hello"
+    READY = "ready"
+    RESET_DONE = "reset-done"
+    PAUSED = "paused"
+    CONFIG = "config"
+    NEEDS_RESET = "needs-reset"
+    FAILED = "failed"
+    COUNTERS = "counters"
+    REPLY = "reply"
+
+
+class ToWorker(StrEnum):
+    """What core says to a worker."""
+
+    ACTIVATE = "activate"
+    RESET = "reset"
+    PAUSE = "pause"
+    RESUME = "resume"
+    CONFIG_WRITE = "config-write"
+    CALL = "call"
+    END = "end"
+
+
+class CoreVerb(StrEnum):
+    """What the controlplane asks of core: {"id", "verb", "args"} -> {"id", "ok"} or {"id", "error"}."""
+
+    CONFIGURE = "configure"
+    ATTACH = "attach"
+    DETACH = "detach"
+    BOOT = "boot"
+    PAUSE = "pause"
+    RESUME = "resume"
+    RESET = "reset"
+    POWER_BUTTON = "power-button"
+    INFO = "info"
+    DEVICES = "devices"
+    CALL = "call"
+    QUIT = "quit"
+
+
+class ToNursery(StrEnum):
+    """What the controlplane asks of the nursery (AF_UNIX SOCK_SEQPACKET, descriptors by SCM_RIGHTS)."""
+
+    CATALOG = "catalog"
+    SPAWN = "spawn"
+    KILL = "kill"
+    QUIT = "quit"
+
+
+class FromNursery(StrEnum):
+    """What the nursery answers or reports."""
+
+    CATALOG = "catalog"
+    SPAWNED = "spawned"
+    EXITED = "exited"
+    ERROR = "error"
+
+
+def pack(body: dict[str, Any]) -> bytes:
+    """Encode one message."""
+    data: bytes = msgpack.packb(body, use_bin_type=True)
+    return data
+
+
+def unpack(data: bytes) -> dict[str, Any]:
+    """Decode one message from a peer that may be hostile. Raises UsageError, never anything else."""
+    if len(data) > MAX_MESSAGE:
+        raise UsageError(f"message of {len(data)} bytes, at most {MAX_MESSAGE}")
+    try:
+        body = msgpack.unpackb(data, raw=False, strict_map_key=True, max_buffer_size=MAX_MESSAGE)
+    except (ValueError, TypeError, msgpack.exceptions.UnpackException, RecursionError) as error:
+        raise UsageError(f"message is not msgpack: {type(error).__name__}") from None
+    if not isinstance(body, dict):
+        raise UsageError(f"message is not a map but {type(body).__name__}")
+    return body

@@ -5,8 +5,10 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).parent
-HEADERS = ["memory.h", "ring.h"]
-SOURCES = ["memory.c", "ring.c"]
+HEADERS = ["memory.h", "ring.h", "vcpu.h"]
+KERNEL_HEADERS = ["kvm.h", "pci_regs.h", "virtio_blk.h", "virtio_config.h", "virtio_console.h", "virtio_ids.h",
+                  "virtio_pci.h", "virtio_ring.h"]
+SOURCES = ["memory.c", "ring.c", "vcpu.c", "kvm.c"]
 
 
 def declarations() -> str:
@@ -23,7 +25,8 @@ ffibuilder = FFI()
 ffibuilder.cdef(declarations())
 ffibuilder.set_source(
     "cellvisor.core._native._native",
-    "#include <linux/kvm.h>\n" + "".join(f'#include "{name}"\n' for name in HEADERS),
+    "".join(f"#include <linux/{name}>\n" for name in KERNEL_HEADERS) +
+    "".join(f'#include "{name}"\n' for name in HEADERS),
     sources=[f"src/cellvisor/core/_native/{name}" for name in SOURCES],
     include_dirs=["src/cellvisor/core/_native"],
     extra_compile_args=["-O2", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter",

@@ -1,6 +1,7 @@
 /* One vCPU's run loop and the KVM calls, all with fixed arguments. */
 #ifndef CELLVISOR_VCPU_H
 #define CELLVISOR_VCPU_H
+#include <stddef.h>
 #include <stdint.h>
 
 #define CV_SLOTS 32

@@ -1,7 +1,10 @@
+#define _GNU_SOURCE
 #include "memory.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <string.h>
+#include <sys/mman.h>
 
 void cv_table_publish(struct cv_table *table, const struct cv_range *ranges, uint32_t count)
 {
@@ -67,4 +70,14 @@ uint8_t *cv_memory_at(const struct cv_memory *memory, uint64_t gpa, uint64_t *le
         return memory->ram + range->offset + into;
     }
     return NULL;
+}
+
+int cv_populate(void *start, uint64_t size)
+{
+    return madvise(start, size, MADV_POPULATE_WRITE) ? -errno : 0;
+}
+
+int cv_punch_hole(int fd, uint64_t offset, uint64_t size)
+{
+    return fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)size) ? -errno : 0;
 }

@@ -40,4 +40,8 @@ int cv_memory_refresh(struct cv_memory *memory);
 /* Translate gpa to a host pointer. *len shrinks to what is contiguous. NULL if gpa is not RAM. */
 uint8_t *cv_memory_at(const struct cv_memory *memory, uint64_t gpa, uint64_t *len);
 
+/* Pages of guest RAM: touch all of `size` bytes, or give a stretch back. 0 or -errno. */
+int cv_populate(void *start, uint64_t size);
+int cv_punch_hole(int fd, uint64_t offset, uint64_t size);
+
 #endif

@@ -33,6 +33,7 @@ from cellvisor.core.errors import UsageError
 
 PROTOCOL = 1
 MAX_MESSAGE = 4 << 20
+MAX_ITEMS = 1 << 14  # of one list or map: a header may claim 2^32, and msgpack allocates what it claims
 
 
 class ToCore(StrEnum):
@@ -107,9 +108,14 @@ def unpack(data: bytes) -> dict[str, Any]:
     if len(data) > MAX_MESSAGE:
         raise UsageError(f"message of {len(data)} bytes, at most {MAX_MESSAGE}")
     try:
-        body = msgpack.unpackb(data, raw=False, strict_map_key=True, max_buffer_size=MAX_MESSAGE)
-    except (ValueError, TypeError, msgpack.exceptions.UnpackException, RecursionError) as error:
+        body = msgpack.unpackb(data, raw=False, strict_map_key=True, ext_hook=_no_extension,
+                               max_array_len=MAX_ITEMS, max_map_len=MAX_ITEMS)
+    except (ValueError, TypeError, msgpack.exceptions.UnpackException, RecursionError, MemoryError) as error:
         raise UsageError(f"message is not msgpack: {type(error).__name__}") from None
     if not isinstance(body, dict):
         raise UsageError(f"message is not a map but {type(body).__name__}")
     return body
+
+
+def _no_extension(code: int, data: bytes) -> None:
+    raise ValueError(f"extension type {code}")

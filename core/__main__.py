@@ -1,0 +1,58 @@
+"""The core process: `python -m cellvisor.core --run-dir DIR --token HEX --ready-fd N`, started by a controlplane.
+
+It never spawns a process and knows no device type; it ends when told to, or when its controlplane dies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import select
+import signal
+import sys
+
+from cellvisor.core import log
+from cellvisor.core.errors import CellvisorError
+from cellvisor.core.machine import Machine
+from cellvisor.core.server import Server
+
+SWITCH_INTERVAL = 1e-4  # a vCPU thread back from C must not wait 5 ms for the main thread's GIL
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serve one VM; return the exit status."""
+    parser = argparse.ArgumentParser(prog="cellvisor.core")
+    parser.add_argument("--run-dir", required=True)
+    parser.add_argument("--token", required=True)
+    parser.add_argument("--log-file")
+    parser.add_argument("--ready-fd", type=int)
+    parser.add_argument("-v", dest="verbosity", action="count", default=0)
+    options = parser.parse_args(argv)
+    log.setup("core", options.verbosity, options.log_file)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    with contextlib.suppress(OSError):
+        with open("/proc/self/comm", "w") as comm:
+            comm.write("cv-core")
+    try:
+        server = Server(options.run_dir, options.token)
+        machine = Machine(server)
+    except (CellvisorError, OSError) as error:
+        sys.stderr.write(f"cellvisor: {error}\n")
+        return 2
+    parent = os.pidfd_open(os.getppid())
+    server.reactor.add(parent, lambda events: machine.abandon(), select.EPOLLIN)
+    if options.ready_fd is not None:
+        os.write(options.ready_fd, b"1")
+        os.close(options.ready_fd)
+    try:
+        server.reactor.run()
+    finally:
+        machine.close()
+        server.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

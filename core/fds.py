@@ -1,0 +1,175 @@
+"""The descriptor socket of core (AF_UNIX SOCK_SEQPACKET): workers take theirs, deposit and get back others.
+
+    {"identity", "take": true}       -> {"names": [...]} and the descriptors, once the device is known
+    {"identity", "get": name}        -> {"ok": bool} and the descriptor
+    {"identity", "deposit": name}    -> {"ok": true}; one descriptor attached
+The first packet of a connection binds it to its identity; a peer that says anything else is hung up on.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from cellvisor.core import log
+from cellvisor.core.errors import CellvisorError, UsageError
+from cellvisor.core.store import Store
+from cellvisor.core.wire import fdpass
+from cellvisor.core.wire.reactor import Reactor
+
+MAX_CONNECTIONS = 256
+MAX_NAME = 128
+
+
+class Peers(Protocol):
+    """Who may use the socket, and what a worker is given."""
+
+    def owner_of(self, identity: str) -> str | None:
+        """Return the device that `identity` speaks for ("" for the controlplane), or None for a stranger."""
+
+    def connected(self, identity: str, connection: Connection) -> None:
+        """A peer has shown a good identity on `connection`."""
+
+    def take(self, identity: str) -> tuple[list[str], list[int]] | None:
+        """Return names and descriptors of a worker's device, None if its Hello has not come yet."""
+
+
+class Connection:
+    """One accepted peer. `pidfd` stands for the process that connected (SO_PEERCRED)."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.identity = ""
+        self.waits_for_take = False
+        pid = int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], "little")
+        self.pid = pid
+        self.pidfd = os.pidfd_open(pid)
+
+    def close(self) -> None:
+        """Hang up."""
+        self.sock.close()
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+
+class FdsServer:
+    """Accepts, checks and serves."""
+
+    def __init__(self, path: str, reactor: Reactor, store: Store, peers: Peers) -> None:
+        self._reactor, self._store, self._peers = reactor, store, peers
+        self._connections: dict[int, Connection] = {}
+        self._listener = fdpass.listen(path)
+        reactor.add(self._listener.fileno(), self._accept)
+
+    def _accept(self, events: int) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except OSError:
+            return
+        if len(self._connections) >= MAX_CONNECTIONS:
+            sock.close()
+            return
+        sock.setblocking(False)
+        try:
+            connection = Connection(sock)
+        except OSError:  # gone already
+            sock.close()
+            return
+        self._connections[sock.fileno()] = connection
+        self._reactor.add(sock.fileno(), lambda events: self._ready(connection, events))
+
+    def hang_up(self, connection: Connection) -> None:
+        """Forget a peer."""
+        fd = connection.sock.fileno()
+        if fd >= 0 and self._connections.pop(fd, None) is not None:
+            self._reactor.remove(fd)
+            connection.close()
+
+    def _ready(self, connection: Connection, events: int) -> None:
+        try:
+            packet = fdpass.receive(connection.sock) if events & select.EPOLLIN else None
+            if packet is None:
+                self.hang_up(connection)
+                return
+            body, fds = packet
+            try:
+                self._serve(connection, body, fds)
+            finally:
+                for fd in fds:
+                    os.close(fd)
+        except BlockingIOError:
+            return
+        except (UsageError, OSError) as error:
+            log.get("fds").warning("hanging up on pid %d: %s", connection.pid, error)
+            self.hang_up(connection)
+
+    def _serve(self, connection: Connection, body: dict[str, Any], fds: list[int]) -> None:
+        identity = body.get("identity")
+        device = self._peers.owner_of(identity) if isinstance(identity, str) else None
+        if device is None or not isinstance(identity, str):
+            raise UsageError(f"stranger {str(identity)[:80]!r}")
+        if not connection.identity:
+            connection.identity = identity
+            self._peers.connected(identity, connection)
+        elif connection.identity != identity:
+            raise UsageError(f"{connection.identity} now says it is {identity[:80]!r}")
+        if body.get("take") is True:
+            connection.waits_for_take = True
+            self.offer(connection)
+        elif "get" in body:
+            name = _name(body["get"])
+            device, name = _scope(device, name)
+            stored = self._store.get(device, name)
+            fdpass.send(connection.sock, {"ok": stored is not None}, [] if stored is None else [stored])
+        elif "deposit" in body:
+            device, name = _scope(device, _name(body["deposit"]))
+            if len(fds) != 1:
+                raise UsageError(f"deposit of {name!r} carries {len(fds)} descriptors, not 1")
+            self._answer(connection, lambda: self._store.deposit(device, name, os.dup(fds[0])))
+        else:
+            raise UsageError(f"request with keys {sorted(map(str, body))[:8]}")
+
+    def _answer(self, connection: Connection, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except CellvisorError as error:
+            fdpass.send(connection.sock, {"ok": False, "error": error.as_wire()})
+        else:
+            fdpass.send(connection.sock, {"ok": True})
+
+    def offer(self, connection: Connection) -> None:
+        """Answer a take() that waits, if the device is known by now."""
+        given = self._peers.take(connection.identity) if connection.waits_for_take else None
+        if given is not None:
+            connection.waits_for_take = False
+            names, fds = given
+            fdpass.send(connection.sock, {"names": names}, fds)
+
+    def close(self) -> None:
+        """Stop listening and hang up on everybody."""
+        self._reactor.remove(self._listener.fileno())
+        self._listener.close()
+        for connection in list(self._connections.values()):
+            self.hang_up(connection)
+
+
+def _name(value: object) -> str:
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_NAME:
+        raise UsageError(f"descriptor name {str(value)[:40]!r}")
+    return value
+
+
+def _scope(device: str, name: str) -> tuple[str, str]:
+    """A worker's names are its own; the controlplane ("") names them <device>/<name>."""
+    if device:
+        return device, name
+    scope, slash, rest = name.partition("/")
+    if not slash or not rest:
+        raise UsageError(f"descriptor {name!r} is not <device>/<name>")
+    return scope, rest
+
+

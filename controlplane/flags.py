@@ -1,0 +1,152 @@
+"""The command line of `cellvisor run`: Cloud Hypervisor's flags, refused by name when not there (yet).
+
+Only what can be judged without a device catalog is judged here; device options stay text (`Wanted`) until the
+nursery has described its types. Parsing imports nothing slow: core is started right after it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import NoReturn
+
+from cellvisor.controlplane import config
+from cellvisor.controlplane.config import Cpus, Memory, Payload, Serial
+from cellvisor.controlplane.inventory import Wanted
+from cellvisor.core.errors import UsageError
+from cellvisor.core.wire.options import build, describe, parse_kv
+from cellvisor.core.wire.places import check_name
+
+LATER = (
+    "balloon", "debug-console", "device", "firmware", "fs", "generic-vhost-user", "gdb", "landlock",
+    "landlock-rules", "memory-zone", "net", "numa", "pci-segment", "platform", "pmem", "pvpanic",
+    "rate-limit-group", "restore", "rtc", "seccomp", "tpm", "user-device", "vdpa", "vsock", "watchdog",
+)
+
+_EXAMPLE = """example:
+  cellvisor run --kernel vmlinuz --initramfs initrd.img --cmdline "console=hvc0 root=/dev/vda1" \\
+      --cpus boot=2 --memory size=1G --disk path=root.raw path=data.raw,readonly=on --name web
+
+exit status: 0 the guest powered off, or `cellvisor shutdown`; 1 the VM failed; 2 it could not be started;
+  130, 143, 129 ended by Ctrl-C, SIGTERM, SIGHUP.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class RunFlags:
+    """The checked command line."""
+
+    payload: Payload
+    cpus: Cpus
+    memory: Memory
+    serial: Serial
+    wanted: tuple[Wanted, ...]
+    name: str | None = None
+    verbosity: int = 0
+    log_file: str | None = None
+    event_monitor: str | None = None
+    report: str | None = None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message.replace("argument ", "", 1) if message.startswith("argument -") else message,
+                         hint="see cellvisor run --help")
+
+
+def parse(argv: list[str]) -> RunFlags:
+    """Read the flags. Raises UsageError, one line naming flag and value; SystemExit(0) after --help."""
+    parser = _make_parser()
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise _unknown(unknown[0], parser)
+    if given.api_socket is not None:
+        raise UsageError(f"--api-socket {given.api_socket}: not supported yet",
+                         hint="every VM answers in its run directory, see cellvisor ls")
+    if not given.kernel:
+        raise UsageError("--kernel is missing", hint="give a bzImage or an uncompressed vmlinux")
+    cpus = build(Cpus, parse_kv(given.cpus, describe(Cpus), "--cpus"), "--cpus")
+    memory = build(Memory, parse_kv(given.memory, describe(Memory), "--memory"), "--memory")
+    return RunFlags(
+        payload=config.check_payload(Payload(given.kernel, given.initramfs, given.cmdline)),
+        cpus=config.check_cpus(cpus),
+        memory=config.check_memory(memory),
+        serial=Serial.from_text(given.serial),
+        wanted=_wanted(given),
+        name=None if given.name is None else check_name(given.name),
+        verbosity=given.verbose,
+        log_file=given.log_file,
+        event_monitor=_event_monitor(given.event_monitor),
+        report=given.report,
+    )
+
+
+def _make_parser() -> _Parser:
+    parser = _Parser(prog="cellvisor run", allow_abbrev=False, epilog=_EXAMPLE,
+                     description="Boot a VM in the foreground; every device is a process of its own.",
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--kernel", metavar="PATH", help="bzImage or ELF vmlinux")
+    add("--initramfs", metavar="PATH", help="initial file system of the guest")
+    add("--cmdline", metavar="TEXT", default="", help="kernel command line")
+    add("--cpus", metavar="boot=N,max=N", default="", help="vCPUs (boot=1)")
+    add("--memory", metavar="size=N,...", default="",
+        help="guest memory (size=512M); prefault, hugepages, thp")
+    add("--disk", metavar="path=P,...", nargs="+", action="append", default=[], help="disks, in order")
+    add("--rng", metavar="src=P,...", nargs="?", const="", default="",
+        help="entropy source (src=/dev/urandom)")
+    add("--console", metavar="MODE", default="tty",
+        help="virtio console hvc0: off|null|tty|pty|file=P|socket=P (tty)")
+    add("--serial", metavar="MODE", default="null", help="serial port ttyS0: the same modes (null)")
+    add("--device-type", metavar="NAME,key=value", nargs="+", action="append", default=[],
+        help="devices of any type in the catalog")
+    add("--name", help="name of the VM (the first free of vm0, vm1, ...)")
+    add("--api-socket", metavar="PATH", help="HTTP socket (not supported yet)")
+    add("--event-monitor", metavar="path=P|fd=N", help="write every event as a JSON record")
+    add("--log-file", metavar="PATH", help="collect the log of all processes of the VM")
+    add("--report", metavar="PATH", help="at the end write processes, memory and boot stages as JSON")
+    add("-v", "--verbose", action="count", default=0, help="log more to stderr; twice for debugging")
+    return parser
+
+
+def _unknown(word: str, parser: argparse.ArgumentParser) -> UsageError:
+    flag = word.partition("=")[0]
+    if not flag.startswith("-"):
+        return UsageError(f"unexpected argument {word[:80]!r}", hint="see cellvisor run --help")
+    if flag.lstrip("-") in LATER:
+        return UsageError(f"{flag}: not supported yet", code="not-supported")
+    import difflib
+
+    names = (name for action in parser._actions for name in action.option_strings)
+    known = sorted(name for name in names if name.startswith("--"))
+    close = difflib.get_close_matches(flag, known, 1)
+    advice = f"did you mean {close[0]}? " if close else ""
+    return UsageError(f"unknown flag {flag[:80]}", hint=f"{advice}known flags: {' '.join(known)}")
+
+
+def _wanted(given: argparse.Namespace) -> tuple[Wanted, ...]:
+    """List the devices in the order of their slots: console, disks, rng, then the rest."""
+    found = []
+    if given.console != "off":
+        found.append(Wanted("--console", "console", given.console, "__console"))
+    found += [Wanted("--disk", "disk", text) for group in given.disk for text in group]
+    found.append(Wanted("--rng", "rng", given.rng, "__rng"))
+    for text in (text for group in given.device_type for text in group):
+        name, _, rest = text.partition(",")
+        if not name or "=" in name:
+            raise UsageError(f"--device-type {text[:80]!r} does not begin with the name of a type",
+                             hint="write --device-type NAME,key=value,...")
+        found.append(Wanted("--device-type", name, rest, by_verb=False))
+    return tuple(found)
+
+
+def _event_monitor(text: str | None) -> str | None:
+    """Return a path, also for an inherited descriptor."""
+    if text is None:
+        return None
+    key, _, value = text.partition("=")
+    if key == "path" and value:
+        return value
+    if key == "fd" and value.isdecimal():
+        return f"/proc/self/fd/{value}"
+    raise UsageError(f"--event-monitor {text[:80]!r}", hint="write path=FILE or fd=NUMBER")

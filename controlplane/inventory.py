@@ -1,0 +1,151 @@
+"""Which devices the VM has: ids and slots, given out as Cloud Hypervisor gives them.
+
+Ids that nobody chose count up through the whole VM (`_disk0`, `_disk1`, `_net2`); fixed ones begin with two
+underscores. Slots somebody chose are reserved first; every other device gets the lowest free one of bus 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from cellvisor.core.errors import Conflict, NotFound, UsageError
+from cellvisor.core.wire.options import parse_kv
+
+SLOTS = range(1, 32)  # slot 0 is the host bridge
+_COMMON = ("id", "pci_segment", "pci_device_id", "iommu")
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A device as the user wrote it. `kind` is a verb ("disk") or, not `by_verb`, the name of a type."""
+
+    flag: str
+    kind: str
+    text: str
+    fixed_id: str = ""
+    by_verb: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceType:
+    """One entry of the nursery's catalog; `schema` as core.wire.options describes it."""
+
+    name: str
+    verb: str
+    help: str
+    schema: dict[str, Any] = field(hash=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A device with its name and place. `options`: the checked keys that were given, without the common ones."""
+
+    id: str
+    type: str
+    verb: str
+    slot: int
+    options: dict[str, Any] = field(hash=False)
+
+    @property
+    def bdf(self) -> str:
+        return f"0000:00:{self.slot:02x}.0"
+
+
+class Inventory:
+    """The VM's devices by id. Changes all or nothing."""
+
+    def __init__(self, catalog: Iterable[DeviceType]) -> None:
+        self._catalog = tuple(catalog)
+        self._devices: dict[str, Device] = {}
+        self._count = 0
+
+    @property
+    def devices(self) -> Mapping[str, Device]:
+        return self._devices
+
+    def get(self, key: str) -> Device:
+        """Return device `key` or raise NotFound naming it."""
+        try:
+            return self._devices[key]
+        except KeyError:
+            raise NotFound(f"no device {key[:80]!r}", hint=f"devices: {', '.join(self._devices)}") from None
+
+    def add(self, wanted: Iterable[Wanted]) -> list[Device]:
+        """Check, name and place devices. Changes nothing and raises CellvisorError if one is wrong."""
+        checked = [(want, kind, self._options(want, kind)) for want in wanted for kind in [self.find(want)]]
+        ids = set(self._devices)
+        taken = {device.slot: device.id for device in self._devices.values()}
+        for want, _, options in checked:
+            _reserve(want, options, ids, taken)
+        count = self._count
+        free = (slot for slot in SLOTS if slot not in taken)
+        added = []
+        for want, kind, options in checked:
+            key = options.get("id") or want.fixed_id
+            while not key or (key in ids and not options.get("id")):
+                key = f"_{kind.verb or kind.name}{count}"
+                count += 1
+            slot = options.get("pci_device_id") or next(free, None)
+            if slot is None:
+                raise Conflict(f"{want.flag} {want.text[:80]}: no free slot, all {len(SLOTS)} are taken")
+            ids.add(key)
+            left = {name: value for name, value in options.items() if name not in _COMMON}
+            added.append(Device(key, kind.name, kind.verb, slot, left))
+        self._devices.update((device.id, device) for device in added)
+        self._count = count
+        return added
+
+    def find(self, want: Wanted) -> DeviceType:
+        """Return the type that `want` means. Raises UsageError listing the known ones."""
+        for kind in self._catalog:
+            if want.kind == (kind.verb if want.by_verb else kind.name):
+                return kind
+        import difflib
+
+        known = sorted(kind.name for kind in self._catalog)
+        close = difflib.get_close_matches(want.kind, known, 1)
+        advice = f"did you mean {close[0]}? " if close else ""
+        raise UsageError(f"{want.flag}: no device type {want.kind[:60]!r}",
+                         hint=f"{advice}known types: {', '.join(known)}")
+
+    def _options(self, want: Wanted, kind: DeviceType) -> dict[str, Any]:
+        # Slots are judged here with Cloud Hypervisor's messages, not by the schema's limits.
+        keys = dict(kind.schema["keys"])
+        if "pci_device_id" in keys:
+            limits = {"min": None, "max": None}
+            keys["pci_device_id"] = {**keys["pci_device_id"], **limits}
+        options = parse_kv(want.text, {**kind.schema, "keys": keys}, want.flag)
+        _check_id(want, options.get("id"))
+        return options
+
+
+def _check_id(want: Wanted, key: str | None) -> None:
+    if key is None:
+        return
+    if key.startswith("__"):
+        raise UsageError(f"{want.flag}: id={key} begins with two underscores",
+                         hint="those names are the VM's own")
+    good = key.isascii() and all(char.isalnum() or char in "._-" for char in key)
+    if not key or not good:
+        raise UsageError(f"{want.flag}: id={key[:80]!r} cannot name a device",
+                         hint="letters, digits, '.', '_' and '-' can")
+
+
+def _reserve(want: Wanted, options: Mapping[str, Any], ids: set[str], taken: dict[int, str]) -> None:
+    key, slot = options.get("id"), options.get("pci_device_id")
+    if key is not None:
+        if key in ids:
+            raise Conflict(f"{want.flag}: id={key} is used by another device")
+        ids.add(key)
+    if slot is None:
+        return
+    if slot == 0:
+        raise UsageError(f"{want.flag}: pci_device_id=0 is reserved for the host bridge", hint="use 1 to 31")
+    if not 0 < slot < 32:
+        raise UsageError(f"{want.flag}: pci_device_id={slot} is outside the range 0..32", hint="use 1 to 31")
+    if slot in taken:
+        raise Conflict(f"{want.flag}: Valid PCI device identifier but already used: {slot}",
+                       hint=f"by {taken[slot] or 'another device'}")
+    taken[slot] = key or ""

@@ -1,0 +1,153 @@
+"""THE verb table of a VM's API and the shape of its requests, replies and events.
+
+One table, served over ZeroMQ (ROUTER at `api.sock`, one msgpack map per message) and over HTTP by `path`:
+  request {"v": 1, "id": "...", "verb": "pause", "args": {...}}     the same id twice gives the same answer
+  reply   {"v": 1, "id": "...", "ok": ...} or {"v": 1, "id": "...", "error": {code, status, message, hint}}
+  event   topic frame `vm.booted`, then {"v": 1, "seq", "time", "event", "properties"} (PUB at `events.sock`)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from cellvisor.core.errors import CellvisorError, UsageError
+from cellvisor.core.wire.options import describe, option, validate
+
+VERSION = 1
+MAX_ID = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoArgs:
+    """A verb without arguments."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InfoArgs:
+    processes: bool = option(False, help="list the VM's processes with their memory (reads smaps: slower)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EventsArgs:
+    since: int = option(0, help="only events with a higher sequence number", min=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """One thing that a VM can be asked.
+
+    `reads` verbs change nothing (GET over HTTP), `path` is the HTTP name below /api/v1/, `alias` the verb
+    that really serves it. A verb that is not `ready` is known, and refused with "not supported yet".
+    """
+
+    name: str
+    help: str
+    args: type[Any] = NoArgs
+    reads: bool = False
+    path: str = ""
+    alias: str = ""
+    ready: bool = True
+
+
+_TABLE = (
+    Verb("ping", "answer with version and process id", reads=True, path="vmm.ping"),
+    Verb("info", "tell configuration, state, devices and boot stages", InfoArgs, reads=True, path="vm.info"),
+    Verb("devices", "list the devices with slot, type, process and state", reads=True),
+    Verb("events", "return the latest events; new ones are published on events.sock", EventsArgs, reads=True),
+    Verb("pause", "stop the vCPUs and quiesce every device", path="vm.pause"),
+    Verb("resume", "go on after a pause", path="vm.resume"),
+    Verb("reset", "reset the machine as its reset button would"),
+    Verb("reboot", "the same as reset", path="vm.reboot", alias="reset"),
+    Verb("power-button", "press the ACPI power button: the guest may shut down", path="vm.power-button"),
+    Verb("shutdown", "end the VM now: every process, socket and file of it", path="vm.shutdown"),
+    Verb("counters", "tell every device's counters", reads=True, path="vm.counters", ready=False),
+    Verb("create", "store a configuration", path="vm.create", ready=False),
+    Verb("boot", "boot the stored configuration", path="vm.boot", ready=False),
+    Verb("delete", "forget the stored configuration", path="vm.delete", ready=False),
+    Verb("nmi", "inject a non-maskable interrupt", path="vm.nmi", ready=False),
+    Verb("validate", "check a device's options without adding it", reads=True, ready=False),
+    Verb("capacity", "tell free slots and free memory room", reads=True, ready=False),
+    Verb("resize", "change vCPUs, memory or balloon", path="vm.resize", ready=False),
+    Verb("resize-disk", "change a disk's size", path="vm.resize-disk", ready=False),
+    Verb("add-disk", "plug a disk", path="vm.add-disk", ready=False),
+    Verb("add-rng", "plug an entropy source", ready=False),
+    Verb("add-console", "plug a console", ready=False),
+    Verb("add-net", "plug a network card", path="vm.add-net", ready=False),
+    Verb("add-virtio", "plug a device of any type", ready=False),
+    Verb("remove-device", "have the guest give a device back, then end it", path="vm.remove-device",
+         ready=False),
+    Verb("restart-device", "start a new process for a failed device", ready=False),
+    Verb("ops", "list, show, wait for or cancel operations", ready=False),
+)
+
+VERBS: Mapping[str, Verb] = MappingProxyType({verb.name: verb for verb in _TABLE})
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request that passed the table: `verb` is never an alias, `args` has every default filled in."""
+
+    id: str
+    verb: str
+    args: dict[str, Any]
+
+
+def look_up(name: object) -> Verb:
+    """Return the verb that serves `name`. Raises UsageError for unknown and not yet supported ones."""
+    verb = VERBS.get(name) if isinstance(name, str) else None
+    if verb is None:
+        import difflib
+
+        shown = repr(name) if len(repr(name)) <= 60 else repr(name)[:57] + "..."
+        close = difflib.get_close_matches(name[:60], VERBS, 1) if isinstance(name, str) else []
+        ready = ", ".join(verb.name for verb in _TABLE if verb.ready)
+        hint = f"did you mean {close[0]}?" if close else f"known verbs: {ready}"
+        raise UsageError(f"unknown verb {shown}", hint=hint, code="unknown-verb")
+    if not verb.ready:
+        raise UsageError(f"{verb.name}: not supported yet", code="not-supported")
+    return VERBS[verb.alias] if verb.alias else verb
+
+
+def check_args(verb: Verb, args: object) -> dict[str, Any]:
+    """Check arguments and fill in defaults. Raises UsageError naming verb and key."""
+    schema = describe(verb.args)
+    given = validate(args, schema, verb.name)
+    return {name: given.get(name, rule.get("default")) for name, rule in schema["keys"].items()}
+
+
+def request_id(body: Mapping[str, Any]) -> str | None:
+    """Return the id of a request that may be malformed, or None: an error reply then has no id."""
+    key = body.get("id")
+    return key if isinstance(key, str) and 0 < len(key) <= MAX_ID else None
+
+
+def parse_request(body: Mapping[str, Any]) -> Request:
+    """Check a request that may be hostile. Raises UsageError and nothing else."""
+    if body.get("v") != VERSION or isinstance(body.get("v"), bool):
+        raise UsageError("request: v is missing or not 1", hint=f"this VM speaks version {VERSION}",
+                         code="bad-version")
+    key = request_id(body)
+    if key is None:
+        raise UsageError(f"request: id is missing or not a string of 1 to {MAX_ID} characters")
+    extra = set(body) - {"v", "id", "verb", "args"}
+    if extra:
+        raise UsageError(f"request: unknown key {sorted(map(repr, extra))[0][:40]}",
+                         hint="known keys: v, id, verb, args")
+    verb = look_up(body.get("verb"))
+    args = body.get("args")
+    return Request(key, verb.name, check_args(verb, {} if args is None else args))
+
+
+def request(key: str, verb: str, args: Mapping[str, Any]) -> dict[str, Any]:
+    """Make a request body."""
+    return {"v": VERSION, "id": key, "verb": verb, "args": dict(args)}
+
+
+def reply(key: str | None, value: object) -> dict[str, Any]:
+    """Make the body of a reply: an error if `value` is one, else a success."""
+    if isinstance(value, CellvisorError):
+        return {"v": VERSION, "id": key, "error": value.as_wire()}
+    return {"v": VERSION, "id": key, "ok": value}

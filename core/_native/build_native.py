@@ -5,10 +5,10 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).parent
-HEADERS = ["memory.h", "ring.h", "vcpu.h"]
+HEADERS = ["memory.h", "ring.h", "vcpu.h", "file.h"]
 KERNEL_HEADERS = ["kvm.h", "pci_regs.h", "virtio_blk.h", "virtio_config.h", "virtio_console.h", "virtio_ids.h",
                   "virtio_pci.h", "virtio_ring.h"]
-SOURCES = ["memory.c", "ring.c", "vcpu.c", "kvm.c"]
+SOURCES = ["memory.c", "chain.c", "ring.c", "vcpu.c", "kvm.c", "file.c"]
 
 
 def declarations() -> str:

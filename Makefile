@@ -1,6 +1,20 @@
 # Everything happens in .venv of this checkout; `make help` lists the targets.
 PY := .venv/bin/python
-export PIP_DISABLE_PIP_VERSION_CHECK := 1
+C_PARTS := $(filter-out %/_native.c,$(wildcard core/_native/*.[ch] core/_native/*.cdef core/_native/build_native.py))
+EXTENSION := core/_native/_native.abi3.so
+FAST := tests/lint tests/unit tests/contract tests/native
 
 .PHONY: help demo test test-fast test-lab lab bench lint native clean
-help:      ; @sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
+help:         ; @sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)  ## this list
+demo: native  ; @$(PY) -m tests.lab.demo                                 ## boot Debian with every device in its own process
+test: lint    ; $(PY) -m pytest -m "not slow"                            ## set up, check and run the tests, Linux boots included
+test-fast: lint ; $(PY) -m pytest -q -m "not slow and not lab" $(FAST)   ## the tests that boot no Linux
+test-lab: native ; $(PY) -m pytest -m lab tests/lab                      ## every test in the nested lab
+lab: native   ; @$(PY) -m tests.lab.shell                                ## a shell in the nested lab
+bench: native ; @$(PY) -m tests.bench                                    ## measure what the design has budgets for
+lint: native  ; .venv/bin/ruff check . && .venv/bin/mypy                 ## ruff and mypy --strict
+native: .venv/ready $(EXTENSION)                                         ## set up .venv, rebuild the C extension if it changed
+clean:        ; rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info $(EXTENSION) core/_native/_native.c  ## all but the lab's cache
+
+.venv/ready: pyproject.toml setup.py .ci/setup ; @.ci/setup
+$(EXTENSION): $(C_PARTS) | .venv/ready ; $(PY) setup.py -q build_ext --inplace --force && touch $@

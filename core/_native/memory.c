@@ -1,27 +1,35 @@
+#ifndef _GNU_SOURCE
 #define _GNU_SOURCE
+#endif
 #include "memory.h"
 
 #include <errno.h>
 #include <fcntl.h>
+#include <sched.h>
 #include <string.h>
-#include <sys/mman.h>
 
-void cv_table_publish(struct cv_table *table, const struct cv_range *ranges, uint32_t count)
+/* A writer holds the lock for less than a microsecond; after this many yields it is dead, not slow. */
+#define PATIENCE 10000
+
+_Static_assert(sizeof(struct cv_table) == 16 + CV_TABLE_RANGES * 24, "table layout");
+
+int cv_table_publish(struct cv_table *table, const struct cv_range *ranges, uint32_t count)
 {
     uint32_t version = __atomic_load_n(&table->version, __ATOMIC_RELAXED);
 
+    if (count > CV_TABLE_RANGES)
+        return -EINVAL;
     __atomic_store_n(&table->version, version + 1, __ATOMIC_RELAXED);
     __atomic_thread_fence(__ATOMIC_RELEASE);
     memcpy(table->ranges, ranges, count * sizeof(*ranges));
-    __atomic_store_n(&table->count, count, __ATOMIC_RELAXED);
+    table->count = count;
     table->magic = CV_TABLE_MAGIC;
     __atomic_store_n(&table->version, version + 2, __ATOMIC_RELEASE);
+    return 0;
 }
 
-static int valid(const struct cv_memory *memory)
+static int valid(const struct cv_table *copy, uint64_t ram_size)
 {
-    const struct cv_table *copy = &memory->copy;
-
     if (copy->magic != CV_TABLE_MAGIC || copy->count > CV_TABLE_RANGES)
         return 0;
     for (uint32_t i = 0; i < copy->count; i++) {
@@ -29,7 +37,7 @@ static int valid(const struct cv_memory *memory)
 
         if (range->size == 0 || range->gpa + range->size < range->gpa)
             return 0;
-        if (range->offset > memory->ram_size || range->size > memory->ram_size - range->offset)
+        if (range->offset > ram_size || range->size > ram_size - range->offset)
             return 0;
     }
     return 1;
@@ -37,22 +45,29 @@ static int valid(const struct cv_memory *memory)
 
 int cv_memory_refresh(struct cv_memory *memory)
 {
+    struct cv_table copy;
     uint32_t before = __atomic_load_n(&memory->table->version, __ATOMIC_ACQUIRE);
 
     if (before == memory->copy.version)
         return 0;
-    for (;;) {
+    for (int tries = 0;; tries++) {
         if (!(before & 1)) {
-            memcpy(&memory->copy, memory->table, sizeof(memory->copy));
+            memcpy(&copy, memory->table, sizeof(copy));
             __atomic_thread_fence(__ATOMIC_ACQUIRE);
             if (__atomic_load_n(&memory->table->version, __ATOMIC_RELAXED) == before)
                 break;
         }
+        if (tries == PATIENCE)
+            return -EAGAIN;
+        sched_yield();
         before = __atomic_load_n(&memory->table->version, __ATOMIC_ACQUIRE);
     }
-    memory->copy.version = before;
-    if (valid(memory))
+    copy.version = before;
+    if (valid(&copy, memory->ram_size)) {
+        memory->copy = copy;
         return 0;
+    }
+    memory->copy.version = before;
     memory->copy.count = 0;
     return -EINVAL;
 }
@@ -72,12 +87,9 @@ uint8_t *cv_memory_at(const struct cv_memory *memory, uint64_t gpa, uint64_t *le
     return NULL;
 }
 
-int cv_populate(void *start, uint64_t size)
+int cv_memfd_seal(int fd, int readonly)
 {
-    return madvise(start, size, MADV_POPULATE_WRITE) ? -errno : 0;
-}
+    int seals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL | (readonly ? F_SEAL_FUTURE_WRITE : 0);
 
-int cv_punch_hole(int fd, uint64_t offset, uint64_t size)
-{
-    return fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)size) ? -errno : 0;
+    return fcntl(fd, F_ADD_SEALS, seals) ? -errno : 0;
 }

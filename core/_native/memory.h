@@ -23,7 +23,7 @@ struct cv_table {
     struct cv_range ranges[64];
 };
 
-/* One process's view: the mapped memfd, the mapped table and a private copy of the table. */
+/* One process's view: the mapped memfd, the mapped table and a private, checked copy of the table. */
 struct cv_memory {
     uint8_t *ram;
     uint64_t ram_size;
@@ -31,17 +31,17 @@ struct cv_memory {
     struct cv_table copy;
 };
 
-/* Publish `count` ranges; core only. */
-void cv_table_publish(struct cv_table *table, const struct cv_range *ranges, uint32_t count);
+/* Publish `count` ranges; core only. 0, or -EINVAL for too many. */
+int cv_table_publish(struct cv_table *table, const struct cv_range *ranges, uint32_t count);
 
-/* Fill the private copy if the table moved on. 0, or -EINVAL if the table makes no sense. */
+/* Fill the private copy if the table moved on. 0; -EINVAL if the table makes no sense (the copy is then
+   empty); -EAGAIN if its writer does not finish (the copy stays). */
 int cv_memory_refresh(struct cv_memory *memory);
 
-/* Translate gpa to a host pointer. *len shrinks to what is contiguous. NULL if gpa is not RAM. */
+/* Translate gpa to a host pointer. *len shrinks to what is contiguous here. NULL if gpa is not RAM. */
 uint8_t *cv_memory_at(const struct cv_memory *memory, uint64_t gpa, uint64_t *len);
 
-/* Pages of guest RAM: touch all of `size` bytes, or give a stretch back. 0 or -errno. */
-int cv_populate(void *start, uint64_t size);
-int cv_punch_hole(int fd, uint64_t offset, uint64_t size);
+/* Seal a memfd against resizing; `readonly` also refuses new writable mappings. 0 or -errno. */
+int cv_memfd_seal(int fd, int readonly);
 
 #endif

@@ -40,7 +40,7 @@ class DeviceType:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A device with its name and place. `options`: the checked keys that were given, without the common ones."""
+    """A device with its name and place. `options`: the keys that were given, without the common ones."""
 
     id: str
     type: str

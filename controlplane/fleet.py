@@ -1,0 +1,201 @@
+"""The VM's workers: one incarnation per device and generation, from its start to the report of its end.
+
+    spawning --SPAWNED--> running --device.ready--> serving --+--> failed   died or gave up; the VM goes on
+        |                    |                                +--> ended    we asked for it
+        +--------------------+-------------- dead ------------+
+
+Every way a worker can die ends in _lost(), the one place that decides what happens next: a failed device and
+an event. start() gives whoever follows the next generation; core drops what any other one says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from cellvisor.controlplane.corelink import CoreLink
+from cellvisor.controlplane.events import EventLog
+from cellvisor.controlplane.inventory import Device
+from cellvisor.controlplane.nurserylink import NurseryLink
+from cellvisor.controlplane.processes import describe_exit, kill_pidfd
+from cellvisor.core import log
+from cellvisor.core.errors import Conflict, TryAgain, UsageError
+from cellvisor.core.wire.messages import CoreVerb
+
+READY_TIMEOUT = 60.0
+REPORT_DELAY = 0.5  # core sees a death at once; the nursery's report, which knows why, comes a little later
+
+
+class State(StrEnum):
+    SPAWNING = "spawning"
+    RUNNING = "running"
+    SERVING = "serving"
+    FAILED = "failed"
+    ENDED = "ended"
+
+
+@dataclass(slots=True)
+class Incarnation:
+    """One process of a device. `pidfd` is ours."""
+
+    device: Device
+    generation: int
+    token: str
+    ready: asyncio.Future[None]
+    state: State = State.SPAWNING
+    pid: int = 0
+    pidfd: int = -1
+    reason: str = ""
+
+    @property
+    def is_alive(self) -> bool:
+        return self.state in (State.SPAWNING, State.RUNNING, State.SERVING)
+
+    def close(self) -> None:
+        """Let the pidfd go."""
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+
+class Fleet:
+    """The latest incarnation of every device."""
+
+    def __init__(self, core: CoreLink, nursery: NurseryLink, events: EventLog, run_dir: str) -> None:
+        self._core, self._nursery, self._events, self._run_dir = core, nursery, events, run_dir
+        self._loop = asyncio.get_running_loop()
+        self._latest: dict[str, Incarnation] = {}
+        self._stopping = False
+
+    def latest(self) -> list[Incarnation]:
+        """Return every device's latest incarnation, in slot order."""
+        return sorted(self._latest.values(), key=lambda one: one.device.slot)
+
+    async def start(self, device: Device) -> Incarnation:
+        """Announce the next generation of `device` to core and fork it. Raises CellvisorError."""
+        before = self._latest.get(device.id)
+        if before is not None and before.is_alive:
+            raise Conflict(f"{device.id}: generation {before.generation} is alive")
+        one = Incarnation(device, before.generation + 1 if before else 1, secrets.token_hex(16),
+                          self._loop.create_future())
+        one.ready.add_done_callback(lambda ready: ready.cancelled() or ready.exception())  # may go unseen
+        self._latest[device.id] = one
+        await self._core.request(CoreVerb.ATTACH, device=device.id, generation=one.generation,
+                                 token=one.token, slot=device.slot, type=device.type)
+        one.pid, one.pidfd = await self._nursery.spawn(
+            device.id, one.generation, type=device.type, options=device.options, token=one.token,
+            run_dir=self._run_dir)
+        if one.state is State.SPAWNING:
+            one.state = State.RUNNING
+        return one
+
+    async def wait_ready(self, timeout: float = READY_TIMEOUT) -> None:
+        """Wait until every device serves. Raises UsageError with the reason of the first that cannot."""
+        waiting = [one.ready for one in self.latest()]
+        try:
+            async with asyncio.timeout(timeout):
+                for ready in asyncio.as_completed(waiting):
+                    await ready
+        except TimeoutError:
+            late = ", ".join(one.device.id for one in self.latest() if not one.ready.done())
+            raise TryAgain(f"{late}: not ready within {timeout:g} s") from None
+
+    # ---- what core and the nursery report
+
+    def on_core_event(self, name: str, properties: dict[str, Any]) -> None:
+        """Follow device.ready, device.failed and device.died."""
+        one = self._latest.get(str(properties.get("device", "")))
+        if one is None or properties.get("generation", one.generation) != one.generation or not one.is_alive:
+            return
+        if name == "device.ready":
+            one.state = State.SERVING
+            if not one.ready.done():
+                one.ready.set_result(None)
+            self._events.emit("device.ready", device=one.device.id, generation=one.generation, pid=one.pid)
+        elif name == "device.failed":
+            one.reason = str(properties.get("reason", ""))[:1000]
+            self._loop.call_later(REPORT_DELAY, self._lost, one, one.reason)
+            if not one.ready.done():
+                self._lost(one, one.reason)
+        elif name == "device.died":
+            self._loop.call_later(REPORT_DELAY, self._lost, one, describe_exit(None))
+
+    def on_exited(self, device: str, generation: int, pid: int, status: int | None) -> None:
+        """Take the nursery's report that a worker ended."""
+        one = self._latest.get(device)
+        if one is None or one.generation != generation:
+            return
+        how = describe_exit(status)
+        # A worker that gave up says so through core before it exits: let the better reason arrive.
+        if one.reason or status is None or status < 0:
+            self._lost(one, one.reason or how)
+        else:
+            self._loop.call_later(REPORT_DELAY, self._lost, one, how)
+
+    def nursery_lost(self) -> None:
+        """Without the nursery workers live on, but nobody can report how they end."""
+        if not self._stopping:
+            log.get("fleet").error("the nursery died: workers live on, none can be started")
+            self._events.emit("nursery.died")
+
+    def _lost(self, one: Incarnation, reason: str) -> None:
+        if not one.is_alive:
+            return
+        if self._stopping:
+            one.state = State.ENDED
+            return
+        one.state, one.reason = State.FAILED, one.reason or reason
+        log.get("fleet").error("%s failed: %s", one.device.id, one.reason)
+        self._events.emit("device.failed", device=one.device.id, generation=one.generation, pid=one.pid,
+                          reason=one.reason)
+        if not one.ready.done():
+            one.ready.set_exception(UsageError(f"{one.device.id}: {one.reason}"))
+
+    # ---- the end
+
+    def stopping(self) -> None:
+        """From now on a worker that ends does what it should."""
+        self._stopping = True
+
+    async def wait_gone(self, timeout: float) -> None:
+        """Wait until every worker ended, at most `timeout` seconds."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                for one in self.latest():
+                    await wait_pidfd(one.pidfd)
+
+    def kill(self) -> None:
+        """SIGKILL every worker that is left."""
+        for one in self.latest():
+            if one.pidfd >= 0:
+                kill_pidfd(one.pidfd)
+
+    def close(self) -> None:
+        """Let the pidfds go."""
+        for one in self.latest():
+            one.close()
+
+
+async def wait_pidfd(pidfd: int) -> None:
+    """Wait until the process of `pidfd` ended; nothing to wait for if it is -1."""
+    if pidfd < 0:
+        return
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[None] = loop.create_future()
+    loop.add_reader(pidfd, settle, ended)
+    try:
+        await ended
+    finally:
+        loop.remove_reader(pidfd)
+
+
+
+def settle(future: asyncio.Future[None]) -> None:
+    """Resolve `future` unless it is done."""
+    if not future.done():
+        future.set_result(None)

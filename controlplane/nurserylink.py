@@ -1,0 +1,151 @@
+"""The controlplane's side of the nursery's socket: the catalog, new workers, and how they ended."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from cellvisor.controlplane.inventory import DeviceType
+from cellvisor.core import log
+from cellvisor.core.errors import CellvisorError, Internal, TryAgain, UsageError, from_wire
+from cellvisor.core.wire import fdpass
+from cellvisor.core.wire.messages import FromNursery, ToNursery
+
+TIMEOUT = 20.0
+_POLL = 0.002  # while the nursery starts; there is nothing to wait on before its socket exists
+
+Exited = Callable[[str, int, int, int | None], None]
+
+
+class NurseryLink:
+    """One SEQPACKET connection. `on_exited(device, generation, pid, status)` reports ends of workers.
+
+    `status` is as Popen has it (negative: the signal), None when the nursery does not know.
+    """
+
+    def __init__(self, sock: socket.socket, on_exited: Exited, on_lost: Callable[[], None]) -> None:
+        self._sock = sock
+        self._on_exited, self._on_lost = on_exited, on_lost
+        self._waiting: dict[tuple[str, int], asyncio.Future[tuple[int, int]]] = {}
+        self._catalog: asyncio.Future[list[DeviceType]] | None = None
+        self._loop = asyncio.get_running_loop()
+        sock.setblocking(False)
+        self._loop.add_reader(sock.fileno(), self._readable)
+
+    async def catalog(self) -> list[DeviceType]:
+        """Ask for the device types."""
+        self._catalog = self._loop.create_future()
+        self._send({"k": ToNursery.CATALOG})
+        async with asyncio.timeout(TIMEOUT):
+            return await self._catalog
+
+    async def spawn(self, device: str, generation: int, **rest: Any) -> tuple[int, int]:
+        """Fork a worker; returns its pid and pidfd, ours to close. Raises what the nursery says."""
+        answer: asyncio.Future[tuple[int, int]] = self._loop.create_future()
+        self._waiting[device, generation] = answer
+        try:
+            self._send({"k": ToNursery.SPAWN, "device": device, "generation": generation, **rest})
+            async with asyncio.timeout(TIMEOUT):
+                return await answer
+        except TimeoutError:
+            raise TryAgain(f"{device}: the nursery did not fork within {TIMEOUT:g} s") from None
+        finally:
+            self._waiting.pop((device, generation), None)
+
+    def quit(self) -> None:
+        """Ask the nursery to end, with whatever workers are left."""
+        with contextlib.suppress(OSError, CellvisorError):
+            self._send({"k": ToNursery.QUIT})
+
+    def close(self) -> None:
+        """Stop listening to it."""
+        if self._sock.fileno() >= 0:
+            self._loop.remove_reader(self._sock.fileno())
+            self._sock.close()
+        self._fail(Internal("the nursery is gone"))
+
+    def _send(self, body: dict[str, Any]) -> None:
+        try:
+            fdpass.send(self._sock, body)
+        except BlockingIOError:
+            raise TryAgain("the nursery does not read its messages") from None
+        except OSError as error:
+            raise Internal(f"the nursery is gone: {error.strerror}") from None
+
+    def _readable(self) -> None:
+        while True:
+            try:
+                packet = fdpass.receive(self._sock)
+            except BlockingIOError:
+                return
+            except (UsageError, OSError) as error:
+                log.get("nursery").warning("nursery: %s", error)
+                packet = None
+            if packet is None:
+                self.close()
+                self._on_lost()
+                return
+            body, fds = packet
+            try:
+                self._take(body, fds)
+            except Exception:  # one bad report must not end the link
+                log.get("nursery").exception("serving %r", body.get("k"))
+            for fd in fds:
+                os.close(fd)
+
+    def _take(self, body: dict[str, Any], fds: list[int]) -> None:
+        kind = body.get("k")
+        key = (str(body.get("device", "")), int(body.get("generation") or 0))
+        waiting = self._waiting.get(key)
+        if kind == FromNursery.CATALOG and self._catalog is not None and not self._catalog.done():
+            self._catalog.set_result(parse_catalog(body.get("types")))
+        elif kind == FromNursery.SPAWNED and waiting is not None and not waiting.done() and fds:
+            waiting.set_result((int(body["pid"]), fds.pop(0)))
+        elif kind == FromNursery.EXITED:
+            status = body.get("status")
+            self._on_exited(*key, int(body.get("pid") or 0), status if isinstance(status, int) else None)
+        elif kind == FromNursery.ERROR:
+            error = body.get("error")
+            failure = from_wire(error) if isinstance(error, dict) else Internal(f"nursery: {error}")
+            if waiting is not None and not waiting.done():
+                waiting.set_exception(failure)
+            elif self._catalog is not None and not self._catalog.done():
+                self._catalog.set_exception(failure)
+            else:
+                log.get("nursery").warning("nursery: %s", failure)
+
+    def _fail(self, error: CellvisorError) -> None:
+        pending: list[asyncio.Future[Any]] = [*self._waiting.values()]
+        if self._catalog is not None:
+            pending.append(self._catalog)
+        for answer in pending:
+            if not answer.done():
+                answer.set_exception(error)
+
+
+def parse_catalog(types: object) -> list[DeviceType]:
+    """Read the nursery's catalog: {name: {verb, help, schema}}."""
+    if not isinstance(types, dict):
+        raise Internal(f"the nursery's catalog is {type(types).__name__}, not a map")
+    return [DeviceType(str(name), str(entry.get("verb", "")), str(entry.get("help", "")), entry["schema"])
+            for name, entry in types.items()]
+
+
+async def connect(path: str, alive: Callable[[], bool], on_exited: Exited,
+                  on_lost: Callable[[], None]) -> NurseryLink:
+    """Connect as soon as the nursery listens. Raises Internal if it dies or takes too long."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + TIMEOUT
+    while True:
+        try:
+            return NurseryLink(fdpass.connect(path), on_exited, on_lost)
+        except (FileNotFoundError, ConnectionRefusedError):
+            if not alive():
+                raise Internal("the nursery ended at start") from None
+            if loop.time() > until:
+                raise Internal(f"the nursery did not listen within {TIMEOUT:g} s") from None
+            await asyncio.sleep(_POLL)

@@ -1,0 +1,287 @@
+"""One VM from start to end: core and nursery up, devices attached and ready, boot, and a clean way out.
+
+    created --boot--> running <--pause/resume--> paused
+       |                 |                          |
+       +--- refused -----+--- power-off, crash, ----+--> shutdown: workers, nursery, core, sockets, all gone
+                              signal, shutdown verb
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import zmq.asyncio
+
+from cellvisor.controlplane import report
+from cellvisor.controlplane.api import Api
+from cellvisor.controlplane.config import VmConfig
+from cellvisor.controlplane.corelink import CoreLink
+from cellvisor.controlplane.events import EventLog, Monitor
+from cellvisor.controlplane.flags import RunFlags
+from cellvisor.controlplane.fleet import Fleet, settle, wait_pidfd
+from cellvisor.controlplane.inventory import Inventory
+from cellvisor.controlplane.nurserylink import NurseryLink
+from cellvisor.controlplane.nurserylink import connect as connect_nursery
+from cellvisor.controlplane.processes import Child, describe_exit
+from cellvisor.controlplane.rundir import RunDir
+from cellvisor.controlplane.terminal import Terminal
+from cellvisor.controlplane.verbs import Verbs
+from cellvisor.core import log
+from cellvisor.core.errors import CellvisorError, Internal
+from cellvisor.core.wire import places
+from cellvisor.core.wire.messages import CoreVerb
+
+CORE_TIMEOUT = 60.0  # loading a big kernel and prefaulting guest RAM take their time
+END_TIMEOUT = 5.0
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """Why the VM ends, and the exit status of `cellvisor run`; no reason means that it was told already."""
+
+    status: int
+    reason: str = ""
+
+
+class Supervisor:
+    """Runs one VM; whatever happens in run(), nothing of the VM is left when it returns."""
+
+    def __init__(self, flags: RunFlags, rundir: RunDir, token: str, core: Child, core_ready: int,
+                 nursery: Child, terminal: Terminal, began: int) -> None:
+        self.flags, self.rundir, self.terminal = flags, rundir, terminal
+        self.core_child, self.nursery_child = core, nursery
+        self.state = "Created"
+        self.config = VmConfig(flags.cpus, flags.memory, flags.payload, flags.serial)
+        self.began = began
+        self.stages = report.Stages(began)
+        self.events = EventLog()
+        self.fleet: Fleet | None = None
+        self.monitor = Monitor(flags.event_monitor) if flags.event_monitor else None
+        self._core_ready = core_ready
+        self._loop = asyncio.get_running_loop()
+        self._ending: asyncio.Future[Ending] = self._loop.create_future()
+        self._context = zmq.asyncio.Context()
+        self._token = token
+        self.core: CoreLink | None = None
+        self._nursery: NurseryLink | None = None
+        self._api: Api | None = None
+        self._stopping = False
+
+    # ---- the life of the VM
+
+    async def run(self, pending: list[int]) -> Ending:
+        """Start, serve until something ends the VM, clean up. Raises CellvisorError if it cannot start.
+
+        `pending` holds signals that came before there was a loop.
+        """
+        for number in SIGNALS:
+            self._loop.add_signal_handler(number, self._on_signal, number)
+        self._loop.add_reader(self.core_child.pidfd, self._core_ended)
+        if pending:
+            self._on_signal(pending[0])
+        if self.monitor is not None:
+            self.events.add_sink(self.monitor.write)
+        start = self._loop.create_task(self._start())
+        try:
+            first: set[asyncio.Future[Any]] = {start, self._ending}
+            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+            if not self._ending.done():
+                start.result()
+            ending = await self._ending
+            self._write_report(ending)
+        finally:
+            start.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await start
+            await self._stop()
+        return ending
+
+    def end(self, status: int, reason: str = "") -> None:
+        """End the VM; the first reason counts."""
+        if not self._ending.done():
+            self._ending.set_result(Ending(status, reason))
+
+    async def _start(self) -> None:
+        self.events.emit("vmm.starting", name=self.rundir.name, pid=os.getpid())
+        await self._wait_core()
+        self.stages.add("core-ready", time.monotonic_ns())
+        core = self.core = CoreLink(self._context, self.rundir, self._token, self._on_core_event)
+        self._nursery = await connect_nursery(
+            self.rundir.file(places.NURSERY), lambda: self.nursery_child.status() is None,
+            self._worker_exited, self._nursery_lost)
+        inventory = Inventory(await self._nursery.catalog())
+        devices = inventory.add(self.flags.wanted)
+        self.config = VmConfig(self.flags.cpus, self.flags.memory, self.flags.payload, self.flags.serial,
+                               tuple(devices))
+        self._give_terminal(core)
+        self.fleet = Fleet(core, self._nursery, self.events, self.rundir.path)
+        self._api = Api(self._context, self.rundir, self.events, Verbs(self).serve)
+        await core.request(CoreVerb.CONFIGURE, CORE_TIMEOUT, **self.config.for_core())
+        self.stages.add("configured", time.monotonic_ns())
+        for device in devices:
+            await self.fleet.start(device)
+        await self.fleet.wait_ready()
+        self.stages.add("devices-ready", time.monotonic_ns())
+        if any(self._tty_modes()):
+            self.terminal.make_raw()
+        await core.request(CoreVerb.BOOT, CORE_TIMEOUT)
+        self.stages.add("boot", time.monotonic_ns())
+        if self.state == "Created":
+            self.state = "Running"
+
+    async def _wait_core(self) -> None:
+        """Wait for core's byte. Its end is noticed by pidfd."""
+        readable: asyncio.Future[None] = self._loop.create_future()
+        self._loop.add_reader(self._core_ready, settle, readable)
+        try:
+            await readable
+        finally:
+            self._loop.remove_reader(self._core_ready)
+        if os.read(self._core_ready, 1) != b"1":
+            await wait_pidfd(self.core_child.pidfd)
+            self._core_ended()
+            raise Internal("core ended at start")
+
+    # ---- what happens to us
+
+    def _on_core_event(self, name: str, properties: dict[str, Any]) -> None:
+        if name in ("device.ready", "device.failed", "device.died"):
+            if self.fleet is not None:
+                self.fleet.on_core_event(name, properties)
+            return
+        if name == "boot.stage":
+            label = str(properties.get("name") or f"code {int(properties.get('code', 0)):#04x}")
+            self.stages.add(label, int(properties.get("ns") or time.monotonic_ns()))
+        states = {"vm.booted": "Running", "vm.paused": "Paused", "vm.resumed": "Running",
+                  "vm.rebooted": "Running", "vm.shutdown": "Shutdown", "vm.crashed": "Shutdown"}
+        self.state = states.get(name, self.state)
+        self.events.emit(name, **properties)
+        if name == "vm.shutdown":
+            self.end(0, "the guest powered off")
+        elif name == "vm.crashed":
+            self.end(1, f"the VM crashed: {properties.get('reason', 'no reason given')}")
+
+    def _core_ended(self) -> None:
+        self._loop.remove_reader(self.core_child.pidfd)
+        status = self.core_child.status()
+        if self._stopping or self._ending.done():
+            return
+        how = describe_exit(status)
+        if self.core is not None:
+            self.core.fail(Internal(f"core {how}"))
+        elif status == 2:  # it has said why
+            self.end(2)
+            return
+        self.state = "Shutdown"
+        self.events.emit("vm.crashed", reason=f"core {how}")
+        self.end(2 if self.core is None else 1, f"core {how}: the VM is gone")
+
+    def _worker_exited(self, device: str, generation: int, pid: int, status: int | None) -> None:
+        if self.fleet is not None:
+            self.fleet.on_exited(device, generation, pid, status)
+
+    def _nursery_lost(self) -> None:
+        if self.fleet is not None:
+            self.fleet.nursery_lost()
+
+    def _on_signal(self, number: int) -> None:
+        if self._ending.done():
+            self._kill_at_once(number)
+        log.get().info("ending the VM; the same signal again kills it at once")
+        self.end(128 + number, f"ended by {signal.Signals(number).name}")
+
+    def _kill_at_once(self, number: int) -> None:
+        """A second signal: no ceremony, but still nothing left behind."""
+        if self.fleet is not None:
+            self.fleet.kill()
+        for child in (self.nursery_child, self.core_child):
+            child.kill()
+            child.close()
+        self.terminal.restore()
+        self.rundir.remove()
+        os._exit(128 + number)
+
+    # ---- the terminal
+
+    def _tty_modes(self) -> list[str]:
+        """Return the store's names of who uses the terminal."""
+        users = [device.id for device in self.config.devices if device.options.get("mode") == "tty"]
+        return [*users, *(["__serial"] if self.config.serial.mode == "tty" else [])]
+
+    def _give_terminal(self, core: CoreLink) -> None:
+        for device in self._tty_modes():
+            for name, fd in (("tty", 1), ("tty-in", 0)):
+                with contextlib.suppress(OSError):  # closed by who started us
+                    os.fstat(fd)
+                    core.deposit(device, name, fd)
+
+    # ---- the end
+
+    def _write_report(self, ending: Ending) -> None:
+        if self.flags.report is None:
+            return
+        body = {"name": self.rundir.name, "end": ending.reason, "status": ending.status,
+                "stages": self.stages.as_wire(), "processes": self.processes(),
+                "events": [event.as_wire() for event in self.events.since(0)]}
+        try:
+            report.write(self.flags.report, body)
+        except CellvisorError as error:
+            log.get().error("%s", error)
+
+    def processes(self) -> list[dict[str, Any]]:
+        """Describe every living process of the VM with its memory."""
+        found = [report.process("controlplane", os.getpid(), os.getppid()),
+                 report.process("core", self.core_child.pid, os.getpid()),
+                 report.process("nursery", self.nursery_child.pid, os.getpid())]
+        workers = self.fleet.latest() if self.fleet is not None else []
+        found += [report.process("worker", one.pid, self.nursery_child.pid, device=one.device.id,
+                                 type=one.device.type, generation=one.generation)
+                  for one in workers if one.is_alive and one.pid]
+        return found
+
+    async def _stop(self) -> None:
+        """End workers, nursery and core, each asked first and killed if it does not listen."""
+        self._stopping = True
+        self.events.emit("vmm.shutdown")
+        if self.fleet is not None:
+            self.fleet.stopping()
+        patience = 0.2
+        if self.core is not None and self.core_child.status() is None:
+            with contextlib.suppress(CellvisorError):
+                await self.core.request(CoreVerb.QUIT, END_TIMEOUT)
+                patience = END_TIMEOUT  # it has told its workers
+        if self.fleet is not None:
+            await self.fleet.wait_gone(patience)
+            self.fleet.kill()
+        if self._nursery is not None:
+            self._nursery.quit()
+        for child in (self.nursery_child, self.core_child):
+            if self.core is None:
+                child.kill()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(END_TIMEOUT):
+                    await wait_pidfd(child.pidfd)
+            child.kill()
+            child.close()
+        if self.fleet is not None:
+            await self.fleet.wait_gone(1.0)
+            self.fleet.close()
+        if self._nursery is not None:
+            self._nursery.close()
+        if self.core is not None:
+            await self.core.close()
+        if self._api is not None:
+            await self._api.close()
+        self._context.destroy(linger=200)
+        os.close(self._core_ready)
+        if self.monitor is not None:
+            self.monitor.close()
+        self.terminal.restore()
+        self.rundir.remove()

@@ -1,0 +1,100 @@
+"""What each verb of the API does; whatever carries a request, it ends here."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from cellvisor import __version__
+from cellvisor.core.errors import CellvisorError, Internal, TryAgain
+from cellvisor.core.wire.control import Request
+from cellvisor.core.wire.messages import CoreVerb
+
+if TYPE_CHECKING:
+    from cellvisor.controlplane.supervisor import Supervisor
+
+CHANGE_TIMEOUT = 60.0  # a pause waits for I/O in execution
+
+
+class Verbs:
+    """Serves requests that passed the verb table; changes are made one after the other."""
+
+    def __init__(self, vm: Supervisor) -> None:
+        self._vm = vm
+        self._turn = asyncio.Lock()
+        change = self._change
+        self._serving: dict[str, Callable[[dict[str, Any]], Awaitable[Any]]] = {
+            "ping": self._ping, "info": self._info, "devices": self._devices, "events": self._events,
+            "pause": change(CoreVerb.PAUSE), "resume": change(CoreVerb.RESUME),
+            "reset": change(CoreVerb.RESET), "power-button": change(CoreVerb.POWER_BUTTON),
+            "shutdown": self._shutdown,
+        }
+
+    async def serve(self, request: Request) -> Any:
+        """Return the answer. Raises CellvisorError."""
+        return await self._serving[request.verb](request.args)
+
+    async def _core(self, verb: CoreVerb, timeout: float, **args: Any) -> dict[str, Any]:
+        if self._vm.core is None:
+            raise Internal("core is not there yet")
+        return await self._vm.core.request(verb, timeout, **args)
+
+    def _change(self, verb: CoreVerb) -> Callable[[dict[str, Any]], Awaitable[Any]]:
+        async def change(args: dict[str, Any]) -> dict[str, Any]:
+            async with self._turn:
+                if self._vm.state == "Created":
+                    raise TryAgain(f"{verb}: the VM is still starting", hint="wait for the event vm.booted")
+                return await self._core(verb, CHANGE_TIMEOUT)
+        return change
+
+    async def _ping(self, args: dict[str, Any]) -> dict[str, Any]:
+        return {"build_version": f"cellvisor {__version__}", "version": __version__, "pid": os.getpid(),
+                "features": [], "name": self._vm.rundir.name}
+
+    async def _shutdown(self, args: dict[str, Any]) -> dict[str, Any]:
+        # The reply leaves first: the API socket lingers while everything else is taken down.
+        self._vm.end(0, "shut down by request")
+        return {}
+
+    async def _events(self, args: dict[str, Any]) -> dict[str, Any]:
+        return {"events": [event.as_wire() for event in self._vm.events.since(args["since"])]}
+
+    async def _info(self, args: dict[str, Any]) -> dict[str, Any]:
+        vm = self._vm
+        try:
+            core = await self._core(CoreVerb.INFO, 5.0)
+        except CellvisorError as error:
+            core = {"error": str(error)}
+        body = {
+            "config": vm.config.as_json(), "state": vm.state, "memory_actual_size": vm.config.memory.size,
+            "device_tree": {device.id: {"id": device.id, "pci_bdf": device.bdf, "resources": [],
+                                        "parent": None, "children": []} for device in vm.config.devices},
+            "name": vm.rundir.name, "pid": os.getpid(), "run_dir": vm.rundir.path,
+            "uptime": round(time.monotonic() - vm.began / 1e9, 3),
+            "stages": vm.stages.as_wire(), "core": core,
+        }
+        if args["processes"]:
+            body["processes"] = vm.processes()
+        return body
+
+    async def _devices(self, args: dict[str, Any]) -> dict[str, Any]:
+        try:
+            seen = {str(entry.get("device") or entry.get("id")): entry
+                    for entry in (await self._core(CoreVerb.DEVICES, 5.0)).get("devices", ())}
+        except CellvisorError:
+            seen = {}
+        workers = {one.device.id: one for one in (self._vm.fleet.latest() if self._vm.fleet else ())}
+        listed = []
+        for device in self._vm.config.devices:
+            entry: dict[str, Any] = {
+                "id": device.id, "type": device.type, "slot": device.slot, "bdf": device.bdf,
+                "state": "created", "options": device.options}
+            one = workers.get(device.id)
+            if one is not None:
+                entry |= {"state": str(one.state), "pid": one.pid if one.is_alive else None,
+                          "generation": one.generation, "reason": one.reason}
+            listed.append(entry | {"core": seen.get(device.id)})
+        return {"devices": listed}

@@ -1,0 +1,49 @@
+/* What runs: the tests that `test=` names, in order, each reporting key=value lines. */
+#include "tests.h"
+
+static const struct test {
+    const char *name;
+    void (*run)(void);
+} tests[] = {
+    {"boot", test_boot}, {"smp", test_smp}, {"pci", test_pci}, {"msix", test_msix},
+    {"blk-info", test_blk_info}, {"blk-ops", test_blk_ops}, {"blk-boots", test_blk_boots},
+    {"blk-write", test_blk_write}, {"blk-verify", test_blk_verify}, {"blk-bench", test_blk_bench},
+    {"rng", test_rng}, {"console", test_console},
+};
+
+void guest_main(void);
+
+static void run_named(const char *name, size_t length)
+{
+    for (unsigned i = 0; i < ARRAY_SIZE(tests); i++)
+        if (strlen(tests[i].name) == length && !memcmp(tests[i].name, name, length)) {
+            uint64_t begin = now_ns();
+            print("test=%s\n", tests[i].name);
+            tests[i].run();
+            print("test.us=%lu\n", (now_ns() - begin) / 1000);
+            return;
+        }
+    fail("unknown test in %s", param("test", "boot"));
+}
+
+void guest_main(void)
+{
+    traps_init();
+    memory_init();
+    params_init(boot_cmdline());
+    output_init();
+    acpi_init();
+    lapic_init();
+    clock_init();
+    timer_start(10);
+    interrupts_on();
+    print("guest=1\n");
+    for (const char *at = param("test", "boot"); *at;) {
+        size_t length = 0;
+        while (at[length] && at[length] != ',')
+            length++;
+        run_named(at, length);
+        at += length + (at[length] == ',');
+    }
+    finish();
+}

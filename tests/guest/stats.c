@@ -1,0 +1,51 @@
+/* Latency histograms (see stats.h). */
+#include "stats.h"
+
+static unsigned bucket(uint64_t ticks)
+{
+    if (ticks < 16)
+        return (unsigned)ticks;
+    unsigned shift = 59 - (unsigned)__builtin_clzll(ticks);
+    return (shift + 1) * 16 + (unsigned)(ticks >> shift & 15);
+}
+
+void stats_add(struct stats *stats, uint64_t ticks)
+{
+    stats->buckets[bucket(ticks)]++;
+    stats->least = !stats->count || ticks < stats->least ? ticks : stats->least;
+    stats->most = ticks > stats->most ? ticks : stats->most;
+    stats->sum += ticks;
+    stats->count++;
+}
+
+uint64_t stats_ns(const struct stats *stats, unsigned permille)
+{
+    uint64_t wanted = (stats->count * permille + 999) / 1000, seen = 0;
+    for (unsigned i = 0; i < STATS_BUCKETS; i++) {
+        seen += stats->buckets[i];
+        if (seen >= wanted && seen) {
+            uint64_t ticks = i < 16 ? i : (16ull + i % 16) << (i / 16 - 1);
+            return tsc_to_ns(ticks < stats->least ? stats->least : ticks);
+        }
+    }
+    return 0;
+}
+
+void stats_print(const struct stats *stats, const char *name)
+{
+    print("%s_min_ns=%lu\n%s_p50_ns=%lu\n", name, tsc_to_ns(stats->least), name, stats_ns(stats, 500));
+    print("%s_p99_ns=%lu\n%s_max_ns=%lu\n", name, stats_ns(stats, 990), name, tsc_to_ns(stats->most));
+    print("%s_mean_ns=%lu\n", name, stats->count ? tsc_to_ns(stats->sum / stats->count) : 0);
+}
+
+void stats_merge(struct stats *into, const struct stats *from)
+{
+    if (!from->count)
+        return;
+    into->least = !into->count || from->least < into->least ? from->least : into->least;
+    into->most = from->most > into->most ? from->most : into->most;
+    into->sum += from->sum;
+    into->count += from->count;
+    for (unsigned i = 0; i < STATS_BUCKETS; i++)
+        into->buckets[i] += from->buckets[i];
+}

@@ -1,0 +1,19 @@
+/* Every test that `test=` can name; each is described where it is defined. */
+#ifndef GUEST_TESTS_H
+#define GUEST_TESTS_H
+#include "guest.h"
+
+void test_boot(void);
+void test_smp(void);
+void test_pci(void);
+void test_blk_info(void);
+void test_blk_ops(void);
+void test_blk_boots(void);
+void test_blk_write(void);
+void test_blk_verify(void);
+void test_blk_bench(void);
+void test_msix(void);
+void test_rng(void);
+void test_console(void);
+
+#endif

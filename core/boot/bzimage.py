@@ -40,7 +40,7 @@ def _check_identity(source: Source, header: bytes) -> None:
         raise source.error(f"boot flag is {flag:#06x}, not {abi.BOOT_FLAG_VALUE:#06x}", hint=TRUNCATED)
     version = _number(header, abi.VERSION, "<H")
     if version < abi.VERSION_LEAST:
-        raise source.error(f"speaks boot protocol {version >> 8}.{version & 0xFF:02}, at least 2.12 is needed",
+        raise source.error(f"speaks boot protocol {version >> 8}.{version & 0xFF:02}, not 2.12 or later",
                            hint="take Linux 3.8 or newer")
     if not _number(header, abi.XLOADFLAGS, "<H") & abi.XLF_KERNEL_64:
         raise source.error("has no 64-bit entry point", hint="take a kernel built for x86-64")

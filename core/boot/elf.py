@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 
 from cellvisor.core.abi import bootparams as abi
 from cellvisor.core.boot.image import Image, Segment
@@ -79,7 +80,7 @@ def _headers(source: Source) -> tuple[int, list[_Program]]:
     if not 1 <= phnum <= SEGMENTS_MOST:
         raise source.error(f"has {phnum} program headers, not 1 to {SEGMENTS_MOST}", hint=TRUNCATED)
     if phoff + phnum * phentsize > source.size:
-        raise source.error(f"program headers {phoff:#x}+{phnum * phentsize:#x} are beyond the end of the file",
+        raise source.error(f"program headers {phoff:#x}+{phnum * phentsize:#x} are beyond the file's end",
                            hint=TRUNCATED)
     table = source.read(phoff, phnum * phentsize)
     return entry, [_Program(*fields) for fields in struct.iter_unpack(abi.ELF_SEGMENT, table)]
@@ -88,8 +89,8 @@ def _headers(source: Source) -> tuple[int, list[_Program]]:
 def _segment(source: Source, program: _Program, low_end: int) -> Segment:
     at = f"segment at {program.paddr:#x}"
     if program.filesz > program.memsz:
-        raise source.error(f"{at} has {program.filesz:#x} bytes in the file, more than the {program.memsz:#x} "
-                           "in memory", hint=TRUNCATED)
+        raise source.error(f"{at} has {program.filesz:#x} bytes in the file but {program.memsz:#x} in memory",
+                           hint=TRUNCATED)
     if program.offset + program.filesz > source.size:
         raise source.error(f"{at} is at {program.offset:#x}+{program.filesz:#x}, beyond the end of the file",
                            hint=TRUNCATED)
@@ -105,7 +106,7 @@ def _segment(source: Source, program: _Program, low_end: int) -> Segment:
 
 def _check_overlap(source: Source, segments: tuple[Segment, ...]) -> None:
     ordered = sorted(segments, key=lambda segment: segment.gpa)
-    for lower, upper in zip(ordered, ordered[1:], strict=False):
+    for lower, upper in pairwise(ordered):
         if lower.gpa + lower.memory_size > upper.gpa:
             raise source.error(f"segments at {lower.gpa:#x} and {upper.gpa:#x} overlap", hint=TRUNCATED)
 
@@ -130,8 +131,8 @@ def _pvh_entry(source: Source, programs: list[_Program]) -> int | None:
         if program.kind != abi.ELF_NOTE:
             continue
         if program.filesz > NOTES_MOST or program.offset + program.filesz > source.size:
-            raise source.error(f"notes {program.offset:#x}+{program.filesz:#x} are beyond the end of the file "
-                               f"or more than {NOTES_MOST} bytes", hint=TRUNCATED)
+            raise source.error(f"notes {program.offset:#x}+{program.filesz:#x} are beyond the file's end or "
+                               f"more than {NOTES_MOST} bytes", hint=TRUNCATED)
         notes = source.read(program.offset, program.filesz)
         found = _find_note(notes, 8 if program.align == 8 else 4)
         if found is not None:
@@ -146,7 +147,7 @@ def _find_note(notes: bytes, align: int) -> int | None:
     while at + head <= len(notes):
         name_size, size, kind = struct.unpack_from(abi.ELF_NOTE_HEADER, notes, at)
         name_at = at + head
-        data_at = name_at + -(-name_size // align) * align if align == 4 else _round(name_at + name_size, align)
+        data_at = _round(name_at + name_size, align)
         if data_at + size > len(notes):
             return None
         owner = notes[name_at:name_at + name_size]

@@ -54,7 +54,7 @@ class Entry:
     """The state of vCPU 0 at its first instruction.
 
     "pvh": 32-bit protected mode, paging off, `boot_params` (the start info) in rbx. "long": 64-bit mode on
-    `page_tables`, `boot_params` (the zero page) in rsi. Both on `gdt`: selector 0x10 code, 0x18 data, 0x20 task.
+    `page_tables`, `boot_params` (the zero page) in rsi. `gdt` has 0x10 for code, 0x18 data, 0x20 the task.
     """
 
     kind: Kind

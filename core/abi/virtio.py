@@ -54,7 +54,7 @@ F_SR_IOV = _mask("VIRTIO_F_SR_IOV")
 F_NOTIFICATION_DATA = 1 << 38                            # virtio 1.2, 6; newer headers only
 F_NOTIF_CONFIG_DATA = 1 << 39                            # virtio 1.2, 6; newer headers only
 F_RING_RESET = _mask("VIRTIO_F_RING_RESET")
-F_TRANSPORT = (1 << 42) - (1 << 24)                      # bits 24..41 are not the device type's (2.2)
+F_TRANSPORT = (1 << 50) - (1 << 24)                      # 24..41 the transport's, 42..49 reserved (2.2)
 
 # --- Split ring (2.7) -----------------------------------------------------------------------------------
 DESC_F_NEXT: int = _lib.VRING_DESC_F_NEXT

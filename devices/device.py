@@ -16,6 +16,8 @@ from typing import Any, ClassVar, Protocol
 
 from cellvisor.core.ring.queue import Chain as Chain
 from cellvisor.core.ring.queue import Queue as Queue
+from cellvisor.core.wire.options import DeviceOptions as DeviceOptions
+from cellvisor.core.wire.options import option as option
 from cellvisor.core.wire.spec import Spec as Spec
 from cellvisor.core.wire.spec import Window as Window
 
@@ -58,8 +60,8 @@ class Host(Protocol):
 
 
 class Device(Protocol):
-    """A device type. `Options` is a frozen dataclass with Cloud Hypervisor's key names, its fields
-    annotated with core.wire.options types; `verb` ("disk") makes `--disk` and `add-disk` aliases of
+    """A device type. `Options` is a frozen dataclass derived from DeviceOptions with Cloud Hypervisor's
+    key names, its fields declared by option(); `verb` ("disk") makes `--disk` and `add-disk` aliases of
     `--device-type NAME` and `add-virtio`.
     """
 

@@ -1,0 +1,222 @@
+"""A raw file or block device as a disk: vectored synchronous I/O, holes, and the lock that fences it.
+
+Each process opens and locks the image itself (whole-file OFD lock, exclusive for writers): the kernel gives
+the lock back only when the last request of a dead holder has ended. Knows nothing of guests or rings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+import stat
+import struct
+from collections.abc import Callable, Sequence
+
+from cellvisor.core._native import _native
+from cellvisor.core.errors import Conflict, UsageError
+
+SECTOR = 512
+CHUNK = 1 << 20
+_IOV_MAX = os.sysconf("SC_IOV_MAX")
+_FLOCK = struct.Struct("@hhqqi4x")  # struct flock of 64-bit Linux: type, whence, start, len, pid
+_UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL)
+
+Views = Sequence[memoryview]
+
+
+class Disk:
+    """An open, locked image. Offsets and sizes are bytes; every failure of I/O is an OSError.
+
+    `size` is fixed while it is open; `logical` is the block size that direct I/O needs, `physical` the
+    one that is fast. Raises UsageError or Conflict naming the path if it cannot be opened or locked.
+    """
+
+    def __init__(self, path: str, *, readonly: bool = False, direct: bool = False) -> None:
+        self.path, self.readonly = path, readonly
+        self._direct = direct
+        flags = (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
+        try:
+            self.fd = os.open(path, flags | (os.O_DIRECT if direct else 0))
+        except OSError as error:
+            hint = ""
+            if error.errno in (errno.EACCES, errno.EROFS) and not readonly:
+                hint = "readonly=on opens it for reading only"
+            if direct and error.errno == errno.EINVAL:
+                hint = "its file system has no direct I/O: direct=off"
+            raise UsageError(f"path={path}: {error.strerror}", hint=hint) from None
+        try:
+            self._measure()
+            lock(self.fd, path, exclusive=not readonly)
+        except BaseException:
+            os.close(self.fd)
+            raise
+
+    def _measure(self) -> None:
+        status = os.fstat(self.fd)
+        self._block = stat.S_ISBLK(status.st_mode)
+        self.logical, self.physical = SECTOR, SECTOR
+        if self._block:
+            shape = [_native.ffi.new(kind) for kind in ("uint64_t *", "uint32_t *", "uint32_t *")]
+            result = _native.lib.cv_block_shape(self.fd, *shape)
+            if result < 0:
+                raise UsageError(f"path={self.path}: {os.strerror(-result)}")
+            self.size, self.logical, self.physical = (int(word[0]) for word in shape)
+        elif stat.S_ISREG(status.st_mode):
+            self.size = status.st_size
+            self.physical = 4096
+            if self._direct:
+                self.logical = self._direct_alignment()
+        else:
+            raise UsageError(f"path={self.path} is neither a file nor a block device")
+        if self.size == 0 or self.size % self.logical:
+            raise UsageError(f"path={self.path}: size {self.size} is not a multiple of {self.logical} bytes",
+                             hint=f"truncate -s %{self.logical} makes it one" if self.size else "it is empty")
+
+    def _direct_alignment(self) -> int:
+        with mmap.mmap(-1, mmap.PAGESIZE) as page, memoryview(page) as view, view[:SECTOR] as sector:
+            try:
+                os.preadv(self.fd, [sector], 0)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise UsageError(f"path={self.path}: {error.strerror}") from None
+                return 4096
+        return SECTOR
+
+    def read(self, views: Views, offset: int) -> None:
+        """Fill `views` from `offset` on."""
+        self._move(os.preadv, views, offset, fill=True)
+
+    def write(self, views: Views, offset: int) -> None:
+        """Write `views` from `offset` on."""
+        self._move(os.pwritev, views, offset, fill=False)
+
+    def _move(self, call: Callable[..., int], views: Views, offset: int, fill: bool) -> None:
+        rest = list(views)
+        while rest:
+            try:
+                done = call(self.fd, rest[:_IOV_MAX], offset)
+            except OSError as error:
+                if not self._direct or error.errno != errno.EINVAL:
+                    raise
+                self._bounce(rest, offset, fill)
+                return
+            if done == 0:
+                raise OSError(errno.EIO, "end of file inside the disk")
+            offset += done
+            rest = drop(rest, done)
+
+    def _bounce(self, views: Views, offset: int, fill: bool) -> None:
+        """Move through page-aligned memory: O_DIRECT takes no buffer at an odd address."""
+        rest = list(views)
+        with mmap.mmap(-1, CHUNK) as area, memoryview(area) as buffer:
+            while rest:
+                size = min(CHUNK, sum(map(len, rest)))
+                with buffer[:size] as part:
+                    if not fill:
+                        _gather(part, rest)
+                    done = (os.preadv if fill else os.pwritev)(self.fd, [part], offset)
+                    if done == 0:
+                        raise OSError(errno.EIO, "end of file inside the disk")
+                    if fill:
+                        _scatter(part[:done], rest)
+                offset += done
+                rest = drop(rest, done)
+
+    def flush(self) -> None:
+        """Make what was written durable."""
+        os.fdatasync(self.fd)
+
+    def discard(self, offset: int, size: int) -> None:
+        """Give the space back if the image can; the bytes are undefined afterwards."""
+        call = _native.lib.cv_block_discard if self._block else _native.lib.cv_file_punch
+        result = call(self.fd, offset, size)
+        if result < 0 and -result not in _UNSUPPORTED:
+            raise OSError(-result, os.strerror(-result))
+
+    def zero(self, offset: int, size: int, *, unmap: bool) -> None:
+        """Make the bytes read as zero, giving the space back if `unmap` and the image can."""
+        if self._block:
+            calls = [_native.lib.cv_block_zero]
+        else:
+            calls = [_native.lib.cv_file_punch] if unmap else []
+            calls.append(_native.lib.cv_file_zero)
+        for call in calls:
+            result = call(self.fd, offset, size)
+            if result == 0:
+                return
+            if -result not in _UNSUPPORTED:
+                raise OSError(-result, os.strerror(-result))
+        with mmap.mmap(-1, CHUNK) as area, memoryview(area) as zeros:
+            while size:
+                with zeros[: min(size, CHUNK)] as part:
+                    self.write([part], offset)
+                    offset, size = offset + len(part), size - len(part)
+
+    def close(self) -> None:
+        """Close the image, which releases the lock."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def drop(views: Views, size: int) -> list[memoryview]:
+    """Return `views` without their first `size` bytes."""
+    for index, view in enumerate(views):
+        if size < len(view):
+            return [view[size:], *views[index + 1:]] if size else list(views[index:])
+        size -= len(view)
+    return []
+
+
+def take(views: Views, size: int) -> list[memoryview]:
+    """Return the first `size` bytes of `views`, or all if there are fewer."""
+    taken: list[memoryview] = []
+    for view in views:
+        if size <= 0:
+            break
+        taken.append(view[:size])
+        size -= len(view)
+    return taken
+
+
+def _gather(target: memoryview, views: Views) -> None:
+    at = 0
+    for view in take(views, len(target)):
+        target[at : at + len(view)] = view
+        at += len(view)
+
+
+def _scatter(source: memoryview, views: Views) -> None:
+    at = 0
+    for view in take(views, len(source)):
+        view[:] = source[at : at + len(view)]
+        at += len(view)
+
+
+def lock(fd: int, path: str, *, exclusive: bool) -> None:
+    """Take the whole-file OFD lock. Raises Conflict naming the process that holds it."""
+    kind = fcntl.F_WRLCK if exclusive else fcntl.F_RDLCK
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            raise UsageError(f"path={path} cannot be locked: {error.strerror}") from None
+        raise Conflict(f"path={path} is in use by {holder(fd)}", code="locked",
+                       hint="several may read it (readonly=on), one alone may write") from None
+
+
+def holder(fd: int) -> str:
+    """Name a process that holds a lock on the file open as `fd`: F_OFD_GETLK tells no pid, fdinfo does."""
+    status = os.fstat(fd)
+    name = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino} "
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            for entry in os.listdir(f"/proc/{pid}/fdinfo"):
+                with contextlib.suppress(OSError), open(f"/proc/{pid}/fdinfo/{entry}") as info:
+                    if any(line.startswith("lock:") and name in line for line in info):
+                        with open(f"/proc/{pid}/comm") as comm:
+                            return f"{comm.read().strip()} (pid {pid})"
+    return "a process that cannot be seen from here"

@@ -1,0 +1,197 @@
+"""virtio-blk (virtio 1.2, 5.2): a raw file or block device as a disk.
+
+Requests run one after the other in the order in which they were fetched; I/O goes straight between the file
+and the guest's buffers. Whatever the guest says is checked against the capacity before anything is touched.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from cellvisor.core.abi import virtio
+from cellvisor.core.errors import RingError, UsageError
+from cellvisor.devices.backends.disk import SECTOR, Disk, drop, take
+from cellvisor.devices.device import Chain, DeviceBase, DeviceOptions, Host, Queue, Spec, option
+
+MAX_SEGMENTS = 32              # of one discard; a page full would be 256
+MAX_DISCARD = (1 << 30) // SECTOR
+MAX_ZEROES = (64 << 20) // SECTOR  # what has to be written by hand if the file system cannot zero
+
+
+@dataclass(frozen=True, slots=True)
+class QueueAffinity:
+    queue_index: int = option(min=0)
+    host_cpus: list[int] = option(min=0)
+
+
+class Blk(DeviceBase):
+    """One disk."""
+
+    verb: ClassVar[str] = "disk"
+    help: ClassVar[str] = "disk on a raw file or a block device"
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Options(DeviceOptions):
+        path: str = option(help="raw image or block device", path=True)
+        readonly: bool = option(False, help="refuse writes; several readers may share a file")
+        direct: bool = option(False, help="bypass the host's page cache (O_DIRECT)")
+        num_queues: int = option(1, help="request queues", min=1, max=64)
+        queue_size: int = option(128, help="requests per queue", min=4, max=32768, power_of_two=True)
+        serial: str | None = option(None, help="serial number, default: the device's id", length=20)
+        sparse: bool = option(True, help="let the guest's discards make holes in the file")
+        image_type: str = option("raw", help="only raw: a format is never guessed", choices=("raw",))
+        queue_affinity: list[QueueAffinity] = option([], help="host CPUs of each queue: [0@[1,2]]",
+                                                     separator="@")
+
+    def __init__(self, options: Any, host: Host) -> None:
+        super().__init__(options, host)
+        for pin in options.queue_affinity:
+            if pin.queue_index >= options.num_queues:
+                raise UsageError(f"queue_affinity: queue {pin.queue_index} of {options.num_queues} queues")
+        self.disk = Disk(options.path, readonly=options.readonly, direct=options.direct)
+        self._pin(sorted({cpu for pin in options.queue_affinity for cpu in pin.host_cpus}))
+        self._sectors = self.disk.size // SECTOR
+        self._write_through = False
+        self._counts = dict.fromkeys(self.COUNTERS, 0)
+        self._serve = {virtio.BLK_T_IN: self._read, virtio.BLK_T_OUT: self._write,
+                       virtio.BLK_T_FLUSH: self._flush, virtio.BLK_T_GET_ID: self._get_id}
+        if not options.readonly:
+            self._serve[virtio.BLK_T_WRITE_ZEROES] = self._write_zeroes
+            if options.sparse:
+                self._serve[virtio.BLK_T_DISCARD] = self._discard
+
+    COUNTERS: ClassVar[tuple[str, ...]] = ("read_bytes", "write_bytes", "read_ops", "write_ops", "errors")
+
+    @staticmethod
+    def _pin(cpus: list[int]) -> None:
+        if cpus:  # one process serves every queue: it may use the CPUs of all of them
+            try:
+                os.sched_setaffinity(0, cpus)
+            except OSError:
+                raise UsageError(f"queue_affinity: no such host CPU in {cpus}") from None
+
+    @property
+    def spec(self) -> Spec:
+        options, disk = self.options, self.disk
+        features = (virtio.BLK_F_FLUSH | virtio.BLK_F_BLK_SIZE | virtio.BLK_F_SEG_MAX | virtio.BLK_F_TOPOLOGY
+                    | (virtio.BLK_F_MQ if options.num_queues > 1 else 0))
+        if options.readonly:
+            features |= virtio.BLK_F_RO
+        else:
+            features |= virtio.BLK_F_WRITE_ZEROES | (virtio.BLK_F_DISCARD if options.sparse else 0)
+        ratio = max(1, disk.physical // disk.logical)
+        config = virtio.BLK_CONFIG.pack(
+            self._sectors, 0, options.queue_size - 2, 0, 0, 0, disk.logical,
+            ratio.bit_length() - 1, 0, ratio, 0, 0, options.num_queues,
+            MAX_DISCARD, MAX_SEGMENTS, disk.logical // SECTOR, MAX_ZEROES, 1, int(options.sparse))
+        return Spec(virtio_id=virtio.ID_BLOCK, pci_class=0x018000, features=features, config=config,
+                    queues=(options.queue_size,) * options.num_queues, title="virtio-blk",
+                    counters=self.COUNTERS)
+
+    def on_activate(self, features: int) -> None:
+        # 5.2.6.2: without FLUSH the driver takes every completed write for durable
+        self._write_through = not features & virtio.BLK_F_FLUSH
+
+    def on_queue(self, index: int, queue: Queue) -> None:
+        for chain in queue.harvest():
+            queue.begin(chain)
+            queue.complete(chain, self._request(chain))
+
+    def _request(self, chain: Chain) -> int:
+        """Serve one request; return how many bytes of the writable part are valid."""
+        header = chain.read(virtio.BLK_REQUEST.size)
+        if len(header) < virtio.BLK_REQUEST.size or not chain.writable_size:
+            raise RingError(f"request with {len(header)} bytes of header, {chain.writable_size} writable")
+        kind, _, sector = virtio.BLK_REQUEST.unpack(header)
+        room = chain.writable_size - 1
+        serve = self._serve.get(kind)
+        written, status = 0, virtio.BLK_S_UNSUPP
+        if serve is not None:
+            try:
+                written, status = serve(chain, sector, room), virtio.BLK_S_OK
+            except Refused as refusal:
+                status = refusal.status
+                self._counts["errors"] += 1
+            except OSError as error:
+                status = virtio.BLK_S_IOERR
+                self._counts["errors"] += 1
+                if self._counts["errors"] <= 10:  # a broken disk must not fill the log
+                    self.host.log(f"request type {kind} at sector {sector}: {error}")
+        chain.write(bytes([status]), room)
+        return written + 1
+
+    def _place(self, sector: int, size: int) -> int:
+        """Return the offset of `size` bytes at `sector`."""
+        if size % SECTOR or sector > self._sectors or size // SECTOR > self._sectors - sector:
+            raise Refused(virtio.BLK_S_IOERR)
+        return sector * SECTOR
+
+    def _read(self, chain: Chain, sector: int, room: int) -> int:
+        self.disk.read(take(chain.writable, room), self._place(sector, room))
+        self._counts["read_bytes"] += room
+        self._counts["read_ops"] += 1
+        return room
+
+    def _write(self, chain: Chain, sector: int, room: int) -> int:
+        size = chain.readable_size - virtio.BLK_REQUEST.size
+        offset = self._place(sector, size)
+        if self.options.readonly:
+            raise Refused(virtio.BLK_S_IOERR)
+        self.disk.write(drop(chain.readable, virtio.BLK_REQUEST.size), offset)
+        if self._write_through:
+            self.disk.flush()
+        self._counts["write_bytes"] += size
+        self._counts["write_ops"] += 1
+        return 0
+
+    def _flush(self, chain: Chain, sector: int, room: int) -> int:
+        if not self.options.readonly:
+            self.disk.flush()
+        return 0
+
+    def _get_id(self, chain: Chain, sector: int, room: int) -> int:
+        name = (self.options.serial or self.host.device_id).encode()[: virtio.BLK_ID_BYTES]
+        return chain.write(name.ljust(virtio.BLK_ID_BYTES, b"\0")[:room])
+
+    def _discard(self, chain: Chain, sector: int, room: int) -> int:
+        for offset, size, _ in self._segments(chain, MAX_SEGMENTS, MAX_DISCARD, 0):
+            self.disk.discard(offset, size)
+        return 0
+
+    def _write_zeroes(self, chain: Chain, sector: int, room: int) -> int:
+        for offset, size, flags in self._segments(chain, 1, MAX_ZEROES, virtio.BLK_WRITE_ZEROES_UNMAP):
+            self.disk.zero(offset, size, unmap=bool(flags) and self.options.sparse)
+        if self._write_through:
+            self.disk.flush()
+        return 0
+
+    def _segments(self, chain: Chain, most: int, longest: int, allowed: int) -> list[tuple[int, int, int]]:
+        """Check every segment before the first is acted on: (offset, size, flags)."""
+        size = chain.readable_size - virtio.BLK_REQUEST.size
+        if not 0 < size <= most * virtio.BLK_SEGMENT.size or size % virtio.BLK_SEGMENT.size:
+            raise Refused(virtio.BLK_S_IOERR)
+        segments = []
+        data = chain.read(size, virtio.BLK_REQUEST.size)
+        for sector, count, flags in virtio.BLK_SEGMENT.iter_unpack(data):
+            if flags & ~allowed:
+                raise Refused(virtio.BLK_S_UNSUPP)  # 5.2.6.2: unknown flags, or unmap of a discard
+            if not 0 < count <= longest:
+                raise Refused(virtio.BLK_S_IOERR)
+            segments.append((self._place(sector, count * SECTOR), count * SECTOR, flags))
+        return segments
+
+    def counters(self) -> dict[str, int]:
+        return dict(self._counts)
+
+    def close(self) -> None:
+        self.disk.close()
+
+
+class Refused(Exception):
+    """A request that ends with `status` without being done."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status

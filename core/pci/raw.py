@@ -13,8 +13,8 @@ from cellvisor.core.wire.spec import Spec
 class RawPciDevice:
     """A bars.PciFunction over bytes, file, doorbell and memory windows."""
 
-    def __init__(self, spec: Spec, ports: Ports, *, window_fds: Mapping[str, int] | None = None,
-                 name: str = "pci") -> None:
+    def __init__(self, name: str, spec: Spec, ports: Ports, *,
+                 window_fds: Mapping[str, int] | None = None) -> None:
         """Build from a Spec with vendor and device. Raises UsageError naming what is wrong in it."""
         self.name = name
         self.config = ConfigSpace(vendor=spec.vendor, device=spec.device, pci_class=spec.pci_class,

@@ -122,6 +122,7 @@ class PciRoot:
         self._shadow = shadow or self._shadow
         for function in self._functions.values():
             function.config.layout_changed = self._bars.refresh
+        self._bars.clear()
         self._bars.refresh()
         for slot in range(pci.SLOTS):
             if slot in self._functions:

@@ -25,9 +25,9 @@ from cellvisor.core.wire.spec import Spec, Window, WindowKind
 class VirtioPciDevice:
     """A bars.PciFunction with the modern virtio transport. Callers hold the board lock."""
 
-    def __init__(self, spec: Spec, ports: Ports, *, kick_fds: Sequence[int], call_fds: Sequence[int],
-                 config_fd: int, owner: Owner, window_fds: Mapping[str, int] | None = None,
-                 name: str = "virtio") -> None:
+    def __init__(self, name: str, spec: Spec, ports: Ports, owner: Owner, *, kick_fds: Sequence[int],
+                 call_fds: Sequence[int], config_fd: int,
+                 window_fds: Mapping[str, int] | None = None) -> None:
         """Build the function. One kick and one call eventfd per queue; all become non-blocking and stay the
         caller's, as do `window_fds` (descriptor of each name in spec.windows). Raises UsageError naming what
         is wrong in the Spec."""
@@ -206,6 +206,7 @@ class VirtioPciDevice:
     def went_live(self) -> None:
         """DRIVER_OK: doorbells first, so that what is kicked from now on is in the eventfds."""
         self._sync_doorbells()
+        self._interrupts.drain()  # what a predecessor's last breath left
         self._interrupts.start()
         self.owner.activate(self._common.epoch, self.queues(), self._common.accepted)
 

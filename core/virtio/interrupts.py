@@ -83,7 +83,7 @@ class Interrupts:
     def update(self) -> None:
         """Bring line and watching into the state that the registers ask for."""
         intx = not self._msix.enabled
-        watched = set(self._calls) if intx and self._live else set()
+        watched = {*self._calls, self._config_fd} if intx and self._live else set()
         for fd in self._watched - watched:
             self._ports.calls.unwatch_call(fd)
         fresh, self._watched = watched - self._watched, watched
@@ -97,5 +97,5 @@ class Interrupts:
 
     def _called(self, fd: int) -> None:
         if fd in self._watched and eventfd.take(fd):
-            self._isr |= virtio.ISR_QUEUE
+            self._isr |= virtio.ISR_CONFIG if fd == self._config_fd else virtio.ISR_QUEUE
             self.update()

@@ -16,6 +16,7 @@ from cellvisor.core import log
 from cellvisor.core.errors import CellvisorError
 from cellvisor.core.machine import Machine
 from cellvisor.core.server import Server
+from cellvisor.core.verbs import Verbs
 
 SWITCH_INTERVAL = 1e-4  # a vCPU thread back from C must not wait 5 ms for the main thread's GIL
 
@@ -32,12 +33,12 @@ def main(argv: list[str] | None = None) -> int:
     log.setup("core", options.verbosity, options.log_file)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.setswitchinterval(SWITCH_INTERVAL)
-    with contextlib.suppress(OSError):
-        with open("/proc/self/comm", "w") as comm:
-            comm.write("cv-core")
+    with contextlib.suppress(OSError), open("/proc/self/comm", "w") as comm:
+        comm.write("cv-core")
     try:
         server = Server(options.run_dir, options.token)
         machine = Machine(server)
+        server.bind(machine, Verbs(machine))
     except (CellvisorError, OSError) as error:
         sys.stderr.write(f"cellvisor: {error}\n")
         return 2

@@ -11,6 +11,7 @@ with the same epoch to the next incarnation, which resumes from the state memfd.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -20,6 +21,7 @@ from cellvisor.core import log
 from cellvisor.core.errors import CellvisorError, Conflict, UsageError, from_wire
 from cellvisor.core.fds import Connection
 from cellvisor.core.ring.state import create_state
+from cellvisor.core.virtio.device import VirtioPciDevice
 from cellvisor.core.wire.messages import PROTOCOL, ToCore, ToWorker
 from cellvisor.core.wire.spec import Spec, spec_from_wire
 
@@ -33,23 +35,15 @@ class WorkerState(Enum):
     DEAD = "dead"
 
 
-class Function(Protocol):
-    """What core needs of a device's PCI function (core.virtio.device.VirtioPciDevice)."""
-
-    def reset_done(self, epoch: int) -> None: ...
-
-    def set_config(self, data: bytes) -> None: ...
-
-    def needs_reset(self) -> None: ...
-
-
 class Home(Protocol):
     """What a link asks of the machine and its server; all on core's main thread."""
+
+    lock: threading.RLock  # the board's: vCPU threads use the function too
 
     def send(self, identity: str, body: dict[str, Any]) -> None:
         """Send to a worker; one that is gone is ignored."""
 
-    def build(self, link: Link) -> Function:
+    def build(self, link: Link) -> VirtioPciDevice:
         """Make the PCI function from link.spec; the guest does not see it yet."""
 
     def ready(self, link: Link) -> None:
@@ -88,7 +82,7 @@ class Link:
         self.home = home
         self.device, self.kind, self.slot = device, kind, slot
         self.spec: Spec | None = None
-        self.function: Function | None = None
+        self.function: VirtioPciDevice | None = None
         self.worker: Worker | None = None
         self.kick_fds: list[int] = []
         self.call_fds: list[int] = []
@@ -186,7 +180,8 @@ class Link:
             return
         self.pending_reset = None
         if self.function is not None:
-            self.function.reset_done(epoch)
+            with self.home.lock:
+                self.function.reset_done(epoch)
         self.home.answered(self, "reset-done")
 
     # ---- what the worker says; it may lie
@@ -245,13 +240,15 @@ class Link:
         if type(data) is not bytes or self.spec is None or len(data) != len(self.spec.config):
             raise UsageError("config bytes of the wrong type or length")
         if self.function is not None:
-            self.function.set_config(data)
+            with self.home.lock:
+                self.function.set_config(data)
 
     def _needs_reset(self, body: dict[str, Any]) -> None:
         self._require(WorkerState.SERVING)
         log.get("device").warning("%s: needs reset: %s", self.device, str(body.get("reason", ""))[:200])
         if self.function is not None:
-            self.function.needs_reset()
+            with self.home.lock:
+                self.function.needs_reset()
 
     def _failed(self, body: dict[str, Any]) -> None:
         self.failure = str(body.get("reason", ""))[:500]

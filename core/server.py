@@ -27,13 +27,17 @@ HIGH_WATER = 1000
 Reply = Callable[[dict[str, Any] | CellvisorError], None]
 
 
-class Verbs(Protocol):
+class Serves(Protocol):
     """What serves the controlplane's requests."""
-
-    links: dict[str, Link]
 
     def serve(self, verb: str, args: dict[str, Any], reply: Reply) -> None:
         """Call `reply` once, now or later. May raise CellvisorError instead."""
+
+
+class Devices(Protocol):
+    """The machine, as far as its workers are concerned."""
+
+    links: dict[str, Link]
 
     def shared_descriptors(self) -> dict[str, int]:
         """Return guest RAM and its table for a worker."""
@@ -45,7 +49,8 @@ class Server:
     def __init__(self, run_dir: str, token: str) -> None:
         self.reactor = Reactor()
         self.store = Store()
-        self.verbs: Verbs | None = None
+        self._verbs: Serves | None = None
+        self._devices: Devices | None = None
         self._controlplane = f"controlplane/{token}"
         self._context = zmq.Context()
         self._workers = self._bind(os.path.join(run_dir, places.CORE), self._from_worker)
@@ -54,6 +59,10 @@ class Server:
         self._posted: collections.deque[Callable[[], None]] = collections.deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.reactor.add(self._wake, self._run_posted)
+
+    def bind(self, devices: Devices, verbs: Serves) -> None:
+        """Say whom messages are for."""
+        self._devices, self._verbs = devices, verbs
 
     def _bind(self, path: str, callback: Callable[[list[bytes]], None]) -> zmq.Socket[bytes]:
         sock = self._context.socket(zmq.ROUTER)
@@ -85,7 +94,8 @@ class Server:
         try:
             sock.send_multipart([identity.encode(), pack(body)], zmq.NOBLOCK)
         except zmq.Again:
-            log.get("wire").warning("%s does not read: %s dropped", identity.rsplit("/", 1)[0], body.get("k", "message"))
+            who = identity.rsplit("/", 1)[0]
+            log.get("wire").warning("%s does not read: %s dropped", who, body.get("k", "message"))
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
@@ -117,9 +127,9 @@ class Server:
             body = unpack(frames[1])
             number = body.get("id")
             verb, args = body.get("verb"), body.get("args") or {}
-            if not isinstance(verb, str) or not isinstance(args, dict) or self.verbs is None:
+            if not isinstance(verb, str) or not isinstance(args, dict) or self._verbs is None:
                 raise UsageError("verb or args missing")
-            self.verbs.serve(verb, args, reply)
+            self._verbs.serve(verb, args, reply)
         except CellvisorError as error:
             reply(error)
         except Exception as error:
@@ -151,7 +161,7 @@ class Server:
     # ---- who is who on the descriptor socket
 
     def _link_of(self, identity: str) -> Link | None:
-        links = self.verbs.links if self.verbs else {}
+        links = self._devices.links if self._devices else {}
         link = links.get(identity.split("/", 1)[0])
         return link if link is not None and link.identity == identity else None
 
@@ -185,9 +195,9 @@ class Server:
     def take(self, identity: str) -> tuple[list[str], list[int]] | None:
         """Return what a worker is given."""
         link = self._link_of(identity)
-        if link is None or self.verbs is None:
+        if link is None or self._verbs is None:
             return None
-        return link.descriptors(self.verbs.shared_descriptors())
+        return link.descriptors(self._devices.shared_descriptors())
 
     def offer(self, connection: Connection) -> None:
         """Answer a worker that waits for its descriptors."""

@@ -92,6 +92,10 @@ class Vcpu:
                 lib.cv_vcpu_immediate_exit(self.c, 1)
                 signal.pthread_kill(thread.ident, KICK_SIGNAL)
 
+    def is_current(self) -> bool:
+        """Is this called on the vCPU's own thread?"""
+        return threading.current_thread() is self._thread
+
     def park_self(self) -> None:
         """Called on the vCPU's own thread while it serves an exit: execute nothing after it."""
         with self._condition:

@@ -31,7 +31,8 @@ class Kvm:
         try:
             self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
-            raise UsageError(f"{path}: not there", hint="load kvm_intel or kvm_amd, or enable it in the firmware") from None
+            hint = "load kvm_intel or kvm_amd, or enable it in the firmware"
+            raise UsageError(f"{path}: not there", hint=hint) from None
         except OSError as error:
             raise UsageError(f"{path}: {error.strerror}", hint="add your user to the group that owns it") from None
         version = check(lib.cv_ioctl(self.fd, lib.KVM_GET_API_VERSION, 0), "KVM_GET_API_VERSION")

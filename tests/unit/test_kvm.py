@@ -22,7 +22,8 @@ pytestmark = [
     pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="/dev/kvm is missing"),
 ]
 
-# out 0xe9, 'A'; in eax, 0x1234 (dword); out 0x4321, eax; mov [0xfed00000], eax; mov ebx, [0xfed00008]; 1: out 0x80, al; jmp 1b
+# out 0xe9, 'A'; in eax, 0x1234 (dword); out 0x4321, eax; mov [0xfed00000], eax;
+# mov ebx, [0xfed00008]; 1: out 0x80, al; jmp 1b
 CODE = bytes.fromhex("66bae900b041ee" "66ba3412ed" "66ba2143ef" "a30000d0fe" "8b1d0800d0fe" "e680ebfc")
 
 

@@ -1,0 +1,42 @@
+"""What vCPU threads call: exits go to the platform at once, everything for workers to the main thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cellvisor.core.link import Link
+from cellvisor.core.platform import Platform
+
+Post = Callable[[Callable[[], None]], None]
+
+
+class Exits:
+    """core.kvm.vcpu.Exits over the platform; `ended(index, reason)` runs on the main thread."""
+
+    def __init__(self, platform: Platform, post: Post, ended: Callable[[int, str], None]) -> None:
+        self.io_read, self.io_write = platform.io_read, platform.io_write
+        self.mmio_read, self.mmio_write = platform.mmio_read, platform.mmio_write
+        self._post, self._ended = post, ended
+
+    def ended(self, index: int, reason: str) -> None:
+        """Hand over to the main thread."""
+        self._post(lambda: self._ended(index, reason))
+
+
+class LinkOwner:
+    """core.pci.ports.Owner: from vCPU threads to the link on the main thread."""
+
+    def __init__(self, post: Post, link: Link) -> None:
+        self._post, self._link = post, link
+
+    def activate(self, epoch: int, queues: list[dict[str, int]], features: int) -> None:
+        """DRIVER_OK."""
+        self._post(lambda: self._link.activate(epoch, queues, features))
+
+    def reset(self, epoch: int) -> None:
+        """The driver wrote 0 to device_status."""
+        self._post(lambda: self._link.reset(epoch))
+
+    def config_write(self, offset: int, data: bytes) -> None:
+        """The driver wrote to device config space."""
+        self._post(lambda: self._link.config_write(offset, data))

@@ -1,0 +1,110 @@
+"""The verbs that the controlplane asks of core (CoreVerb): checks at the edge, then the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from cellvisor.core.config import machine_config
+from cellvisor.core.errors import NotFound, UsageError
+from cellvisor.core.link import Link
+from cellvisor.core.machine import Machine
+from cellvisor.core.server import Reply
+from cellvisor.core.wire.messages import CoreVerb
+
+MAX_PCI_SLOT = 31
+
+
+class Verbs:
+    """The table: verb -> method(args, reply)."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._table: dict[str, Callable[[dict[str, Any], Reply], None]] = {
+            CoreVerb.CONFIGURE: self._configure, CoreVerb.ATTACH: self._attach, CoreVerb.BOOT: self._boot,
+            CoreVerb.PAUSE: self._pause, CoreVerb.RESUME: self._resume, CoreVerb.RESET: self._reset,
+            CoreVerb.POWER_BUTTON: self._power_button, CoreVerb.INFO: self._info,
+            CoreVerb.DEVICES: self._devices, CoreVerb.CALL: self._call, CoreVerb.QUIT: self._quit,
+        }
+
+    def serve(self, verb: str, args: dict[str, Any], reply: Reply) -> None:
+        """Serve a request of the controlplane; `reply` is called once, now or later."""
+        handler = self._table.get(verb)
+        if handler is None:
+            raise UsageError(f"{verb}: core has no such verb")
+        handler(args, reply)
+
+    def _configure(self, args: dict[str, Any], reply: Reply) -> None:
+        machine = self._machine
+        machine.configure(machine_config(args))
+        reply({"memory": machine.ram.effects if machine.ram else {}, "serial": machine.serial_path()})
+
+    def _attach(self, args: dict[str, Any], reply: Reply) -> None:
+        device, kind, slot = args.get("device"), args.get("type"), args.get("slot")
+        generation, token = args.get("generation"), args.get("token")
+        if not (isinstance(device, str) and isinstance(kind, str) and isinstance(token, str)
+                and type(slot) is int and type(generation) is int and "/" not in device + token):
+            raise UsageError("attach: device, type, slot, generation or token has the wrong type")
+        if not 1 <= slot <= MAX_PCI_SLOT:
+            raise UsageError(f"attach: slot {slot} is outside 1..{MAX_PCI_SLOT}")
+        self._machine.attach(device, kind, slot, generation, token)
+        reply({})
+
+    def _boot(self, args: dict[str, Any], reply: Reply) -> None:
+        self._machine.boot()
+        reply({})
+
+    def _pause(self, args: dict[str, Any], reply: Reply) -> None:
+        self._machine.pause(lambda late: reply({"late": sorted(late)}))
+
+    def _resume(self, args: dict[str, Any], reply: Reply) -> None:
+        self._machine.resume()
+        reply({})
+
+    def _reset(self, args: dict[str, Any], reply: Reply) -> None:
+        self._machine.reset(lambda error: reply(error or {}))
+
+    def _power_button(self, args: dict[str, Any], reply: Reply) -> None:
+        self._machine.power_button()
+        reply({})
+
+    def _info(self, args: dict[str, Any], reply: Reply) -> None:
+        machine = self._machine
+        board = machine.platform.board if machine.platform else None
+        reply({
+            "state": str(machine.state), "resets": machine.resets,
+            "memory": machine.ram.size if machine.ram else 0,
+            "vcpus": [vcpu.counters() for vcpu in machine.vcpus],
+            "first_entry_ns": board.first_entry_ns if board else 0,
+            "stages": [list(stage) for stage in machine.platform.stages()] if machine.platform else [],
+            "serial": machine.serial_path(),
+        })
+
+    def _devices(self, args: dict[str, Any], reply: Reply) -> None:
+        reply({"devices": [_describe(link) for link in self._machine.links.values()]})
+
+    def _call(self, args: dict[str, Any], reply: Reply) -> None:
+        link = self._machine.links.get(str(args.get("device")))
+        if link is None:
+            raise NotFound(f"no device {args.get('device')!r}", hint="see `cellvisor devices`")
+        verb, given = args.get("verb"), args.get("args") or {}
+        if not isinstance(verb, str) or not isinstance(given, dict):
+            raise UsageError("call: verb or args has the wrong type")
+        link.call(verb, given, lambda result, error: reply(error or {"result": result}))
+
+    def _quit(self, args: dict[str, Any], reply: Reply) -> None:
+        reply({})
+        self._machine.quit()
+
+
+def _describe(link: Link) -> dict[str, Any]:
+    worker = link.worker
+    return {
+        "device": link.device, "type": link.kind, "slot": link.slot,
+        "bdf": f"0000:00:{link.slot:02x}.0", "title": link.spec.title if link.spec else "",
+        "state": worker.state.value if worker else "absent", "pid": worker.pid if worker else 0,
+        "generation": worker.generation if worker else 0, "active": link.activation is not None,
+        "failure": link.failure, "counters": dict(link.values),
+    }
+
+

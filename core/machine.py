@@ -311,9 +311,8 @@ class Machine:
     def build(self, link: Link) -> VirtioPciDevice:
         """Make the PCI function of a worker that said HELLO."""
         assert link.spec is not None and self.platform is not None
-        owner = LinkOwner(self._server.post, link)
-        return VirtioPciDevice(link.spec, self.platform.ports, kick_fds=link.kick_fds, call_fds=link.call_fds,
-                               config_fd=link.config_fd, owner=owner, name=link.device)
+        return VirtioPciDevice(link.device, link.spec, self.platform.ports, LinkOwner(self._server.post, link),
+                               kick_fds=link.kick_fds, call_fds=link.call_fds, config_fd=link.config_fd)
 
     def ready(self, link: Link) -> None:
         """Show the function to the guest; the next incarnation finds it there already."""

@@ -195,7 +195,7 @@ class Server:
     def take(self, identity: str) -> tuple[list[str], list[int]] | None:
         """Return what a worker is given."""
         link = self._link_of(identity)
-        if link is None or self._verbs is None:
+        if link is None or self._devices is None:
             return None
         return link.descriptors(self._devices.shared_descriptors())
 

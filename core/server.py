@@ -145,6 +145,9 @@ class Server:
         except CellvisorError as error:
             log.get("wire").warning("%s said something wrong: %s", link.device, error)
             self.expel(link, f"protocol violation: {error}")
+        except Exception as error:  # whatever a worker says, the VM lives on
+            log.get("wire").exception("serving %s", link.device)
+            self.expel(link, f"core could not serve it: {type(error).__name__}: {error}")
 
     def expel(self, link: Link, reason: str) -> None:
         """Give up on a worker that lies; its process is killed."""

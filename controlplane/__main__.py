@@ -53,19 +53,17 @@ def _run(argv: list[str], programs: processes.Programs, pending: list[int], bega
         log.setup("controlplane", flags.verbosity, flags.log_file)
     except OSError as error:
         raise UsageError(f"--log-file {flags.log_file}: {error.strerror}") from None
-    common = ["-v"] * flags.verbosity
-    if flags.log_file:
-        common += ["--log-file", os.path.abspath(flags.log_file)]
+    logging = (flags.verbosity, os.path.abspath(flags.log_file) if flags.log_file else None)
     with contextlib.ExitStack() as stack:
         claimed = rundir.claim(flags.name)
         stack.callback(claimed.remove)
         terminal = Terminal()
         stack.callback(terminal.restore)
         token = secrets.token_hex(16)
-        core, ready = processes.start_core(programs, claimed, token, common)
+        core = processes.start_core(programs, claimed, token, *logging)
         stack.callback(_put_down, core)
         claimed.note(core=core.pid)
-        nursery = processes.start_nursery(programs, claimed, core, common)
+        nursery = processes.start_nursery(programs, claimed, core, *logging)
         stack.callback(_put_down, nursery)
 
         import asyncio
@@ -75,7 +73,7 @@ def _run(argv: list[str], programs: processes.Programs, pending: list[int], bega
         from cellvisor.controlplane.supervisor import Ending, Supervisor
 
         async def supervise() -> Ending:
-            return await Supervisor(flags, claimed, token, core, ready, nursery, terminal, began).run(pending)
+            return await Supervisor(flags, claimed, token, core, nursery, terminal, began).run(pending)
 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             ending = runner.run(supervise())

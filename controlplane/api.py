@@ -38,7 +38,7 @@ class Api:
         self._answers: dict[str, tuple[Request, asyncio.Task[Any]]] = {}  # oldest first
         self._tasks: set[asyncio.Task[None]] = set()
         self._socket = context.socket(zmq.ROUTER)
-        self._publisher: zmq.Socket[bytes] = zmq.Context.shadow(context).socket(zmq.PUB)  # never waits: it drops
+        self._publisher: zmq.Socket[bytes] = zmq.Context.shadow(context).socket(zmq.PUB)
         sockets: tuple[zmq.Socket[Any], ...] = (self._socket, self._publisher)
         for socket in sockets:
             for option, value in ((zmq.MAXMSGSIZE, MAX_MESSAGE), (zmq.LINGER, LINGER_MS),

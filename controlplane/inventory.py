@@ -39,6 +39,14 @@ class DeviceType:
 
 
 @dataclass(frozen=True, slots=True)
+class Catalog:
+    """The known types, and for each that could not be loaded the reason."""
+
+    types: tuple[DeviceType, ...] = ()
+    broken: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Device:
     """A device with its name and place. `options`: the keys that were given, without the common ones."""
 
@@ -56,8 +64,8 @@ class Device:
 class Inventory:
     """The VM's devices by id. Changes all or nothing."""
 
-    def __init__(self, catalog: Iterable[DeviceType]) -> None:
-        self._catalog = tuple(catalog)
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
         self._devices: dict[str, Device] = {}
         self._count = 0
 
@@ -99,12 +107,15 @@ class Inventory:
 
     def find(self, want: Wanted) -> DeviceType:
         """Return the type that `want` means. Raises UsageError listing the known ones."""
-        for kind in self._catalog:
+        for kind in self._catalog.types:
             if want.kind == (kind.verb if want.by_verb else kind.name):
                 return kind
+        if want.kind in self._catalog.broken:
+            raise UsageError(f"{want.flag}: device type {want.kind} cannot be loaded: "
+                             f"{self._catalog.broken[want.kind]}")
         import difflib
 
-        known = sorted(kind.name for kind in self._catalog)
+        known = sorted(kind.name for kind in self._catalog.types)
         close = difflib.get_close_matches(want.kind, known, 1)
         advice = f"did you mean {close[0]}? " if close else ""
         raise UsageError(f"{want.flag}: no device type {want.kind[:60]!r}",

@@ -5,18 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import socket
 from collections.abc import Callable
 from typing import Any
 
-from cellvisor.controlplane.inventory import DeviceType
+from cellvisor.controlplane.inventory import Catalog, DeviceType
 from cellvisor.core import log
 from cellvisor.core.errors import CellvisorError, Internal, TryAgain, UsageError, from_wire
 from cellvisor.core.wire import fdpass
 from cellvisor.core.wire.messages import FromNursery, ToNursery
 
 TIMEOUT = 20.0
-_POLL = 0.002  # while the nursery starts; there is nothing to wait on before its socket exists
 
 Exited = Callable[[str, int, int, int | None], None]
 
@@ -27,16 +25,16 @@ class NurseryLink:
     `status` is as Popen has it (negative: the signal), None when the nursery does not know.
     """
 
-    def __init__(self, sock: socket.socket, on_exited: Exited, on_lost: Callable[[], None]) -> None:
-        self._sock = sock
+    def __init__(self, path: str, on_exited: Exited, on_lost: Callable[[], None]) -> None:
+        self._sock = sock = fdpass.connect(path)
         self._on_exited, self._on_lost = on_exited, on_lost
         self._waiting: dict[tuple[str, int], asyncio.Future[tuple[int, int]]] = {}
-        self._catalog: asyncio.Future[list[DeviceType]] | None = None
+        self._catalog: asyncio.Future[Catalog] | None = None
         self._loop = asyncio.get_running_loop()
         sock.setblocking(False)
         self._loop.add_reader(sock.fileno(), self._readable)
 
-    async def catalog(self) -> list[DeviceType]:
+    async def catalog(self) -> Catalog:
         """Ask for the device types."""
         self._catalog = self._loop.create_future()
         self._send({"k": ToNursery.CATALOG})
@@ -102,12 +100,11 @@ class NurseryLink:
         key = (str(body.get("device", "")), int(body.get("generation") or 0))
         waiting = self._waiting.get(key)
         if kind == FromNursery.CATALOG and self._catalog is not None and not self._catalog.done():
-            self._catalog.set_result(parse_catalog(body.get("types")))
+            self._catalog.set_result(parse_catalog(body))
         elif kind == FromNursery.SPAWNED and waiting is not None and not waiting.done() and fds:
             waiting.set_result((int(body["pid"]), fds.pop(0)))
         elif kind == FromNursery.EXITED:
-            status = body.get("status")
-            self._on_exited(*key, int(body.get("pid") or 0), status if isinstance(status, int) else None)
+            self._on_exited(*key, int(body.get("pid") or 0), exit_status(body.get("status")))
         elif kind == FromNursery.ERROR:
             error = body.get("error")
             failure = from_wire(error) if isinstance(error, dict) else Internal(f"nursery: {error}")
@@ -127,25 +124,19 @@ class NurseryLink:
                 answer.set_exception(error)
 
 
-def parse_catalog(types: object) -> list[DeviceType]:
-    """Read the nursery's catalog: {name: {verb, help, schema}}."""
+def parse_catalog(body: dict[str, Any]) -> Catalog:
+    """Read the nursery's catalog: {types: {name: {verb, help, schema}}, broken: {name: reason}}."""
+    types, broken = body.get("types"), body.get("broken")
     if not isinstance(types, dict):
         raise Internal(f"the nursery's catalog is {type(types).__name__}, not a map")
-    return [DeviceType(str(name), str(entry.get("verb", "")), str(entry.get("help", "")), entry["schema"])
-            for name, entry in types.items()]
+    found = [DeviceType(str(name), str(entry.get("verb", "")), str(entry.get("help", "")), entry["schema"])
+             for name, entry in types.items()]
+    return Catalog(tuple(found), broken if isinstance(broken, dict) else {})
 
 
-async def connect(path: str, alive: Callable[[], bool], on_exited: Exited,
-                  on_lost: Callable[[], None]) -> NurseryLink:
-    """Connect as soon as the nursery listens. Raises Internal if it dies or takes too long."""
-    loop = asyncio.get_running_loop()
-    until = loop.time() + TIMEOUT
-    while True:
-        try:
-            return NurseryLink(fdpass.connect(path), on_exited, on_lost)
-        except (FileNotFoundError, ConnectionRefusedError):
-            if not alive():
-                raise Internal("the nursery ended at start") from None
-            if loop.time() > until:
-                raise Internal(f"the nursery did not listen within {TIMEOUT:g} s") from None
-            await asyncio.sleep(_POLL)
+def exit_status(told: object) -> int | None:
+    """Read "exit 1" or "signal 9" as Popen would give it, None for anything else."""
+    how, _, number = told.partition(" ") if isinstance(told, str) else ("", "", "")
+    if how not in ("exit", "signal") or not number.isdecimal():
+        return None
+    return int(number) if how == "exit" else -int(number)

@@ -23,10 +23,11 @@ class Programs:
 
 
 class Child:
-    """A process of ours. `pidfd` is readable once it ended; it stays ours to close."""
+    """A process of ours. `pidfd` is readable once it ended, `ready` has a byte once its sockets are bound."""
 
-    def __init__(self, role: str, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, role: str, process: subprocess.Popen[bytes], ready: int) -> None:
         self.role = role
+        self.ready = ready
         self.pid = process.pid
         self.pidfd = os.pidfd_open(process.pid)
         self._process = process
@@ -46,37 +47,36 @@ class Child:
             self._process.wait(2)
         if self.pidfd >= 0:
             os.close(self.pidfd)
-            self.pidfd = -1
+            os.close(self.ready)
+            self.pidfd = self.ready = -1
 
 
-def start_core(programs: Programs, rundir: RunDir, token: str, common: Sequence[str]) -> tuple[Child, int]:
-    """Start core; returns it and a pipe that gets one byte when its sockets are bound."""
+def start_core(programs: Programs, rundir: RunDir, token: str, verbosity: int, log_file: str | None) -> Child:
+    """Start core, which inherits the lock of the run directory."""
+    argv = [*programs.core, "--run-dir", rundir.path, "--token", token, *["-v"] * verbosity]
+    return _start("core", argv + (["--log-file", log_file] if log_file else []), (rundir.lock_fd,))
+
+
+def start_nursery(programs: Programs, rundir: RunDir, core: Child, verbosity: int,
+                  log_file: str | None) -> Child:
+    """Start the nursery, which listens at `nursery.sock` and ends everything when core's pidfd fires."""
+    argv = [*programs.nursery, "--socket", rundir.file(places.NURSERY), "--core-pidfd", str(core.pidfd),
+            *["-v"] * verbosity]
+    return _start("nursery", argv + (["--log", log_file] if log_file else []), (core.pidfd,))
+
+
+def _start(role: str, argv: list[str], fds: Sequence[int]) -> Child:
     ready, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        os.set_blocking(write_end, True)
-        argv = [*programs.core, "--run-dir", rundir.path, "--token", token, "--ready-fd", str(write_end),
-                *common]
-        child = _start("core", argv, (write_end, rundir.lock_fd))
+        # Its own session: Ctrl-C in the terminal is for the controlplane alone.
+        process = subprocess.Popen([*argv, "--ready-fd", str(write_end)], stdin=subprocess.DEVNULL, stdout=2,
+                                   close_fds=True, pass_fds=[*fds, write_end], start_new_session=True)
     except BaseException:
         os.close(ready)
         raise
     finally:
         os.close(write_end)
-    return child, ready
-
-
-def start_nursery(programs: Programs, rundir: RunDir, core: Child, common: Sequence[str]) -> Child:
-    """Start the nursery, which listens at `nursery.sock` and ends everything when core's pidfd fires."""
-    argv = [*programs.nursery, "--socket", rundir.file(places.NURSERY), "--core-pidfd", str(core.pidfd),
-            *common]
-    return _start("nursery", argv, (core.pidfd,))
-
-
-def _start(role: str, argv: list[str], fds: Sequence[int]) -> Child:
-    # Their own session: Ctrl-C in the terminal is for the controlplane alone. What they print is diagnostics.
-    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=2, close_fds=True, pass_fds=fds,
-                               start_new_session=True)
-    return Child(role, process)
+    return Child(role, process, ready)
 
 
 def describe_exit(status: int | None) -> str:

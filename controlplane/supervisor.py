@@ -27,7 +27,6 @@ from cellvisor.controlplane.flags import RunFlags
 from cellvisor.controlplane.fleet import Fleet, settle, wait_pidfd
 from cellvisor.controlplane.inventory import Inventory
 from cellvisor.controlplane.nurserylink import NurseryLink
-from cellvisor.controlplane.nurserylink import connect as connect_nursery
 from cellvisor.controlplane.processes import Child, describe_exit
 from cellvisor.controlplane.rundir import RunDir
 from cellvisor.controlplane.terminal import Terminal
@@ -53,8 +52,8 @@ class Ending:
 class Supervisor:
     """Runs one VM; whatever happens in run(), nothing of the VM is left when it returns."""
 
-    def __init__(self, flags: RunFlags, rundir: RunDir, token: str, core: Child, core_ready: int,
-                 nursery: Child, terminal: Terminal, began: int) -> None:
+    def __init__(self, flags: RunFlags, rundir: RunDir, token: str, core: Child, nursery: Child,
+                 terminal: Terminal, began: int) -> None:
         self.flags, self.rundir, self.terminal = flags, rundir, terminal
         self.core_child, self.nursery_child = core, nursery
         self.state = "Created"
@@ -64,7 +63,6 @@ class Supervisor:
         self.events = EventLog()
         self.fleet: Fleet | None = None
         self.monitor = Monitor(flags.event_monitor) if flags.event_monitor else None
-        self._core_ready = core_ready
         self._loop = asyncio.get_running_loop()
         self._ending: asyncio.Future[Ending] = self._loop.create_future()
         self._context = zmq.asyncio.Context()
@@ -110,12 +108,11 @@ class Supervisor:
 
     async def _start(self) -> None:
         self.events.emit("vmm.starting", name=self.rundir.name, pid=os.getpid())
-        await self._wait_core()
+        await self._wait_child(self.core_child)
         self.stages.add("core-ready", time.monotonic_ns())
         core = self.core = CoreLink(self._context, self.rundir, self._token, self._on_core_event)
-        self._nursery = await connect_nursery(
-            self.rundir.file(places.NURSERY), lambda: self.nursery_child.status() is None,
-            self._worker_exited, self._nursery_lost)
+        await self._wait_child(self.nursery_child)
+        self._nursery = NurseryLink(self.rundir.file(places.NURSERY), self._worker_exited, self._nursery_lost)
         inventory = Inventory(await self._nursery.catalog())
         devices = inventory.add(self.flags.wanted)
         self.config = VmConfig(self.flags.cpus, self.flags.memory, self.flags.payload, self.flags.serial,
@@ -136,18 +133,19 @@ class Supervisor:
         if self.state == "Created":
             self.state = "Running"
 
-    async def _wait_core(self) -> None:
-        """Wait for core's byte. Its end is noticed by pidfd."""
+    async def _wait_child(self, child: Child) -> None:
+        """Wait until `child` has bound its sockets. Raises Internal if it ends instead."""
         readable: asyncio.Future[None] = self._loop.create_future()
-        self._loop.add_reader(self._core_ready, settle, readable)
+        self._loop.add_reader(child.ready, settle, readable)
         try:
             await readable
         finally:
-            self._loop.remove_reader(self._core_ready)
-        if os.read(self._core_ready, 1) != b"1":
-            await wait_pidfd(self.core_child.pidfd)
-            self._core_ended()
-            raise Internal("core ended at start")
+            self._loop.remove_reader(child.ready)
+        if not os.read(child.ready, 1):
+            await wait_pidfd(child.pidfd)
+            if child is self.core_child:
+                self._core_ended()
+            raise Internal(f"{child.role} {describe_exit(child.status())} at start")
 
     # ---- what happens to us
 
@@ -280,7 +278,6 @@ class Supervisor:
         if self._api is not None:
             await self._api.close()
         self._context.destroy(linger=200)
-        os.close(self._core_ready)
         if self.monitor is not None:
             self.monitor.close()
         self.terminal.restore()

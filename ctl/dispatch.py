@@ -1,0 +1,96 @@
+"""Find the file of a verb, read its arguments, run it, and turn errors into one line and an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import pkgutil
+import sys
+from typing import NoReturn, Protocol, cast
+
+from cellvisor.core.errors import CellvisorError, NotFound, TryAgain, UsageError
+from cellvisor.ctl import commands
+from cellvisor.ctl.cli import EXIT_STATUS
+
+
+class Command(Protocol):
+    """What a file in ctl/commands has. Its name is the verb, with `_` for `-`."""
+
+    HELP: str
+    EXAMPLE: str
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
+
+    def run(self, options: argparse.Namespace) -> int: ...
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, hint=f"see {self.prog} --help")
+
+
+def names() -> list[str]:
+    """Return every verb."""
+    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(commands.__path__))
+
+
+def load(verb: str) -> Command:
+    """Import the file of `verb`. Raises UsageError with the nearest name."""
+    known = names()
+    if verb not in known:
+        import difflib
+
+        close = difflib.get_close_matches(verb, known, 1)
+        hint = f"did you mean {close[0]}?" if close else f"verbs: {', '.join(known)}"
+        raise UsageError(f"unknown verb {verb[:60]!r}", hint=hint)
+    return cast("Command", importlib.import_module(f"{commands.__name__}.{verb.replace('-', '_')}"))
+
+
+def run(argv: list[str]) -> int:
+    """Run one command; return the exit status."""
+    as_json = "--json" in argv
+    try:
+        if not argv or argv[0] in ("-h", "--help"):
+            _print_help()
+            return 0 if argv else 2
+        if argv[0] in ("-V", "--version"):
+            from cellvisor import __version__
+
+            print(f"cellvisor {__version__}")
+            return 0
+        command = load(argv[0])
+        parser = _Parser(prog=f"cellvisor {argv[0]}", description=command.HELP, allow_abbrev=False,
+                         epilog=f"example:\n  {command.EXAMPLE}\n\n{EXIT_STATUS}",
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        command.add_arguments(parser)
+        status = command.run(parser.parse_args(argv[1:]))
+        sys.stdout.flush()
+        return status
+    except CellvisorError as error:
+        shown = json.dumps({"error": error.as_wire()}) if as_json else f"cellvisor: {error}"
+        print(shown, file=sys.stderr)
+        return exit_status(error)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `cellvisor events | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+
+
+def exit_status(error: CellvisorError) -> int:
+    """Return the documented exit status for an error."""
+    if error.code == "no-vm":
+        return 3
+    if isinstance(error, TryAgain):
+        return 4
+    return 2 if isinstance(error, UsageError) and not isinstance(error, NotFound) else 1
+
+
+def _print_help() -> None:
+    print("usage: cellvisor VERB [VM] [--json] ...\n\nRun and steer virtual machines in which every device is a "
+          "process.\nVM is a name or a path; with a single VM running it is not needed.\n\nverbs:")
+    for verb in names():
+        print(f"  {verb:<14} {load(verb).HELP}")
+    print(f"\n{EXIT_STATUS}\n`cellvisor VERB --help` shows arguments and an example.")

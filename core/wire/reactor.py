@@ -37,7 +37,7 @@ class _Socket:
 
 
 class Reactor:
-    """Callbacks on readiness, in one thread. Only stop() and wake() may be called from elsewhere.
+    """Callbacks on readiness, in one thread. From elsewhere only add(), remove(), stop() and wake() may be called.
 
     An exception of a callback ends the turn and reaches the caller of run().
     """
@@ -59,8 +59,16 @@ class Reactor:
 
         Raises PermissionError for a regular file, FileExistsError for one that is watched already.
         """
-        self._epoll.register(fd, events)
-        self._watches[fd] = _Watch(callback, events)
+        before = self._watches.get(fd)
+        self._watches[fd] = _Watch(callback, events)  # first: the loop may see an event at once
+        try:
+            self._epoll.register(fd, events)
+        except BaseException:
+            if before is None:
+                del self._watches[fd]
+            else:
+                self._watches[fd] = before
+            raise
 
     def modify(self, fd: int, events: int) -> None:
         """Change what is waited for on `fd`."""
@@ -176,6 +184,8 @@ class Reactor:
         # reporting it and can't be told by number, so the set is made anew.
         try:
             self._epoll.unregister(fd)
+        except FileNotFoundError:
+            pass  # remove() in another thread was quicker
         except OSError:
             self._epoll.close()
             self._epoll = select.epoll()

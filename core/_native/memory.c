@@ -7,6 +7,7 @@
 #include <fcntl.h>
 #include <sched.h>
 #include <string.h>
+#include <sys/mman.h>
 
 /* A writer holds the lock for less than a microsecond; after this many yields it is dead, not slow. */
 #define PATIENCE 10000
@@ -92,4 +93,9 @@ int cv_memfd_seal(int fd, int readonly)
     int seals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL | (readonly ? F_SEAL_FUTURE_WRITE : 0);
 
     return fcntl(fd, F_ADD_SEALS, seals) ? -errno : 0;
+}
+
+int cv_populate(void *start, uint64_t size)
+{
+    return madvise(start, size, MADV_POPULATE_WRITE) ? -errno : 0;
 }

@@ -44,4 +44,7 @@ uint8_t *cv_memory_at(const struct cv_memory *memory, uint64_t gpa, uint64_t *le
 /* Seal a memfd against resizing; `readonly` also refuses new writable mappings. 0 or -errno. */
 int cv_memfd_seal(int fd, int readonly);
 
+/* Touch every page of `size` bytes now (MADV_POPULATE_WRITE, Linux 5.14). 0 or -errno. */
+int cv_populate(void *start, uint64_t size);
+
 #endif

@@ -73,7 +73,7 @@ class GuestRam:
 
     def clear(self) -> None:
         """Give every page back to the host: RAM reads zero, mappings stay valid."""
-        result = int(_native.lib.cv_punch_hole(self.fd, 0, self.size))
+        result = int(_native.lib.cv_file_punch(self.fd, 0, self.size))
         if result < 0:
             raise OSError(-result, f"clearing guest RAM: {os.strerror(-result)}")
 

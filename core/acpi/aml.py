@@ -150,11 +150,6 @@ def event(path: str) -> bytes:
     return b"\x5b\x02" + ref(path)
 
 
-def external(path: str, kind: int = 0, arguments: int = 0) -> bytes:
-    """External (path): an object defined in another table."""
-    return b"\x15" + ref(path) + bytes([kind, arguments])
-
-
 # --- Data ---------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from tests.fakes.kernels import FakeRam
 MIB = layout.MIB
 
 
-def boot(tmp_path: Path, kernel: bytes, *, ram_size: int = 128 * MIB, initramfs: bytes | None = None,
+def boot(tmp_path: Path, kernel: bytes | bytearray, *, ram_size: int = 128 * MIB, initramfs: bytes | None = None,
          cmdline: str = "console=ttyS0") -> tuple[Entry, FakeRam]:
     """Load `kernel` from a file called vmlinuz into a fresh RAM."""
     (tmp_path / "vmlinuz").write_bytes(kernel)

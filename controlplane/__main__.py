@@ -36,6 +36,10 @@ def main(argv: list[str] | None = None, programs: processes.Programs | None = No
     except CellvisorError as error:
         sys.stderr.write(f"cellvisor: {error}\n")
         return 2
+    except Exception as error:  # a mistake of ours; everything has been taken down on the way here
+        log.get().debug("internal error", exc_info=True)
+        sys.stderr.write(f"cellvisor: internal error: {type(error).__name__}: {error} (-vv tells more)\n")
+        return 1
 
 
 @contextlib.contextmanager

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from cellvisor.core.errors import UsageError
@@ -91,6 +92,7 @@ class VmConfig:
     payload: Payload
     serial: Serial
     devices: tuple[Device, ...] = ()
+    paths: Mapping[str, str] = field(default_factory=dict)  # ptys that were made, by console id or `__serial`
 
     def as_json(self) -> dict[str, Any]:
         """Return Cloud Hypervisor's VmConfig; types without a place in it are listed under `virtio`."""
@@ -98,13 +100,17 @@ class VmConfig:
             "cpus": self.cpus.as_json(), "memory": self.memory.as_json(), "payload": self.payload.as_json(),
             "serial": self.serial.as_json(), "console": {"mode": "Off"}, "disks": [], "virtio": [],
         }
+        if "__serial" in self.paths:
+            body["serial"]["file"] = self.paths["__serial"]
         for device in self.devices:
             shown = {"id": device.id, "pci_segment": 0, "pci_device_id": device.slot, **device.options}
             if device.verb == "disk":
                 body["disks"].append(shown)
-            elif device.id in ("__console", "__rng"):
-                mode = shown.get("mode")
-                body[device.verb] = {**shown, "mode": str(mode).capitalize()} if mode else shown
+            elif device.id == "__console":
+                path = {"file": self.paths[device.id]} if device.id in self.paths else {}
+                body["console"] = {**shown, "mode": device.mode.capitalize(), **path}
+            elif device.id == "__rng":
+                body["rng"] = shown
             else:
                 body["virtio"].append({"type": device.type, **shown})
         return body

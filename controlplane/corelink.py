@@ -39,7 +39,7 @@ class CoreLink:
         self._socket.connect(f"ipc://{rundir.file(places.CONTROL)}")
         self._reader = asyncio.get_running_loop().create_task(self._read())
 
-    async def request(self, verb: CoreVerb, timeout: float = TIMEOUT, **args: Any) -> dict[str, Any]:
+    async def request(self, verb: CoreVerb, timeout: float = TIMEOUT, /, **args: Any) -> dict[str, Any]:
         """Ask core. Raises what core answers, TryAgain after `timeout` s, Internal when it is gone."""
         if self._closed:
             raise Internal(f"{verb}: core is gone")

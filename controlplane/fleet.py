@@ -28,7 +28,8 @@ from cellvisor.core.errors import Conflict, TryAgain, UsageError
 from cellvisor.core.wire.messages import CoreVerb
 
 READY_TIMEOUT = 60.0
-REPORT_DELAY = 0.5  # core sees a death at once; the nursery's report, which knows why, comes a little later
+REPORT_DELAY = 0.5  # core's report of a death and the nursery's come one shortly after the other
+GAVE_UP = "its process ended"
 
 
 class State(StrEnum):
@@ -51,6 +52,7 @@ class Incarnation:
     pid: int = 0
     pidfd: int = -1
     reason: str = ""
+    how: str = ""
 
     @property
     def is_alive(self) -> bool:
@@ -108,7 +110,7 @@ class Fleet:
     # ---- what core and the nursery report
 
     def on_core_event(self, name: str, properties: dict[str, Any]) -> None:
-        """Follow device.ready, device.failed and device.died."""
+        """Follow device.ready and device.failed."""
         one = self._latest.get(str(properties.get("device", "")))
         if one is None or properties.get("generation", one.generation) != one.generation or not one.is_alive:
             return
@@ -119,23 +121,19 @@ class Fleet:
             self._events.emit("device.ready", device=one.device.id, generation=one.generation, pid=one.pid)
         elif name == "device.failed":
             one.reason = str(properties.get("reason", ""))[:1000]
-            self._loop.call_later(REPORT_DELAY, self._lost, one, one.reason)
-            if not one.ready.done():
-                self._lost(one, one.reason)
-        elif name == "device.died":
-            self._loop.call_later(REPORT_DELAY, self._lost, one, describe_exit(None))
+            self._loop.call_later(REPORT_DELAY, self._lost, one)
 
     def on_exited(self, device: str, generation: int, pid: int, status: int | None) -> None:
         """Take the nursery's report that a worker ended."""
         one = self._latest.get(device)
         if one is None or one.generation != generation:
             return
-        how = describe_exit(status)
-        # A worker that gave up says so through core before it exits: let the better reason arrive.
-        if one.reason or status is None or status < 0:
-            self._lost(one, one.reason or how)
+        one.how = describe_exit(status) if status not in (0, 1) else ""
+        # Both reports are on their way: core's says what the worker said, the nursery's how it ended.
+        if one.reason:
+            self._lost(one)
         else:
-            self._loop.call_later(REPORT_DELAY, self._lost, one, how)
+            self._loop.call_later(REPORT_DELAY, self._lost, one)
 
     def nursery_lost(self) -> None:
         """Without the nursery workers live on, but nobody can report how they end."""
@@ -143,14 +141,16 @@ class Fleet:
             log.get("fleet").error("the nursery died: workers live on, none can be started")
             self._events.emit("nursery.died")
 
-    def _lost(self, one: Incarnation, reason: str) -> None:
+    def _lost(self, one: Incarnation) -> None:
         if not one.is_alive:
             return
         if self._stopping:
             one.state = State.ENDED
             return
-        one.state, one.reason = State.FAILED, one.reason or reason
-        log.get("fleet").error("%s failed: %s", one.device.id, one.reason)
+        one.state = State.FAILED
+        one.reason = f"{one.reason}: {one.how}" if one.reason and one.how else one.reason or one.how or GAVE_UP
+        # While the VM starts this ends it, and is its one error line.
+        log.get("fleet").log(40 if one.ready.done() else 20, "%s failed: %s", one.device.id, one.reason)
         self._events.emit("device.failed", device=one.device.id, generation=one.generation, pid=one.pid,
                           reason=one.reason)
         if not one.ready.done():

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cellvisor.core.errors import Conflict, NotFound, UsageError
-from cellvisor.core.wire.options import parse_kv
+from cellvisor.core.wire.options import defaults, parse_kv
 
 SLOTS = range(1, 32)  # slot 0 is the host bridge
 _COMMON = ("id", "pci_segment", "pci_device_id", "iommu")
@@ -48,7 +48,7 @@ class Catalog:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A device with its name and place. `options`: the keys that were given, without the common ones."""
+    """A device with its name and place. `options`: every key that has a value, without the common ones."""
 
     id: str
     type: str
@@ -59,6 +59,12 @@ class Device:
     @property
     def bdf(self) -> str:
         return f"0000:00:{self.slot:02x}.0"
+
+    @property
+    def mode(self) -> str:
+        """Return where a console's bytes go, "" for other devices."""
+        paths = [key for key in ("file", "socket") if self.options.get(key)]
+        return paths[0] if "mode" in self.options and paths else str(self.options.get("mode", ""))
 
 
 class Inventory:
@@ -99,7 +105,8 @@ class Inventory:
             if slot is None:
                 raise Conflict(f"{want.flag} {want.text[:80]}: no free slot, all {len(SLOTS)} are taken")
             ids.add(key)
-            left = {name: value for name, value in options.items() if name not in _COMMON}
+            full = {**defaults(kind.schema), **options}
+            left = {name: value for name, value in full.items() if name not in _COMMON and value is not None}
             added.append(Device(key, kind.name, kind.verb, slot, left))
         self._devices.update((device.id, device) for device in added)
         self._count = count

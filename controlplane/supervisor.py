@@ -13,7 +13,7 @@ import contextlib
 import os
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import zmq.asyncio
@@ -21,6 +21,7 @@ import zmq.asyncio
 from cellvisor.controlplane import report
 from cellvisor.controlplane.api import Api
 from cellvisor.controlplane.config import VmConfig
+from cellvisor.controlplane.consoles import Consoles
 from cellvisor.controlplane.corelink import CoreLink
 from cellvisor.controlplane.events import EventLog, Monitor
 from cellvisor.controlplane.flags import RunFlags
@@ -71,6 +72,7 @@ class Supervisor:
         self._nursery: NurseryLink | None = None
         self._api: Api | None = None
         self._stopping = False
+        self.memory_effects: dict[str, Any] = {}
 
     # ---- the life of the VM
 
@@ -93,7 +95,9 @@ class Supervisor:
             if not self._ending.done():
                 start.result()
             ending = await self._ending
-            self._write_report(ending)
+            if self.flags.report is not None:
+                await self.ask_core()
+                self._write_report(self.flags.report, ending)
         finally:
             start.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
@@ -117,21 +121,27 @@ class Supervisor:
         devices = inventory.add(self.flags.wanted)
         self.config = VmConfig(self.flags.cpus, self.flags.memory, self.flags.payload, self.flags.serial,
                                tuple(devices))
-        self._give_terminal(core)
+        consoles = Consoles(core, self.terminal, devices, self.flags.serial.mode)
+        consoles.give_terminal()
         self.fleet = Fleet(core, self._nursery, self.events, self.rundir.path)
         self._api = Api(self._context, self.rundir, self.events, Verbs(self).serve)
-        await core.request(CoreVerb.CONFIGURE, CORE_TIMEOUT, **self.config.for_core())
+        made = await core.request(CoreVerb.CONFIGURE, CORE_TIMEOUT, **self.config.for_core())
+        self.memory_effects = made.get("memory", {})
         self.stages.add("configured", time.monotonic_ns())
         for device in devices:
             await self.fleet.start(device)
         await self.fleet.wait_ready()
+        paths = await consoles.ptys(str(made.get("serial", "")))
+        self.config = replace(self.config, paths=paths)
+        for device_id, path in paths.items():
+            self.events.emit("console.pty", device=device_id, path=path)
         self.stages.add("devices-ready", time.monotonic_ns())
-        if any(self._tty_modes()):
-            self.terminal.make_raw()
+        consoles.make_raw()
         await core.request(CoreVerb.BOOT, CORE_TIMEOUT)
         self.stages.add("boot", time.monotonic_ns())
         if self.state == "Created":
             self.state = "Running"
+        self._loop.add_signal_handler(signal.SIGWINCH, consoles.resized)
 
     async def _wait_child(self, child: Child) -> None:
         """Wait until `child` has bound its sockets. Raises Internal if it ends instead."""
@@ -150,13 +160,10 @@ class Supervisor:
     # ---- what happens to us
 
     def _on_core_event(self, name: str, properties: dict[str, Any]) -> None:
-        if name in ("device.ready", "device.failed", "device.died"):
+        if name in ("device.ready", "device.failed"):
             if self.fleet is not None:
                 self.fleet.on_core_event(name, properties)
             return
-        if name == "boot.stage":
-            label = str(properties.get("name") or f"code {int(properties.get('code', 0)):#04x}")
-            self.stages.add(label, int(properties.get("ns") or time.monotonic_ns()))
         states = {"vm.booted": "Running", "vm.paused": "Paused", "vm.resumed": "Running",
                   "vm.rebooted": "Running", "vm.shutdown": "Shutdown", "vm.crashed": "Shutdown"}
         self.state = states.get(name, self.state)
@@ -206,30 +213,28 @@ class Supervisor:
         self.rundir.remove()
         os._exit(128 + number)
 
-    # ---- the terminal
+    # ---- what the VM costs
 
-    def _tty_modes(self) -> list[str]:
-        """Return the store's names of who uses the terminal."""
-        users = [device.id for device in self.config.devices if device.options.get("mode") == "tty"]
-        return [*users, *(["__serial"] if self.config.serial.mode == "tty" else [])]
+    async def ask_core(self) -> dict[str, Any]:
+        """Return core's INFO, or {"error"}; what it tells of the boot is kept for the report."""
+        if self.core is None:
+            return {"error": "core is not there yet"}
+        try:
+            answer = await self.core.request(CoreVerb.INFO, 5.0)
+        except CellvisorError as error:
+            return {"error": str(error)}
+        if answer.get("first_entry_ns"):
+            self.stages.add("first guest instruction", int(answer["first_entry_ns"]))
+        for code, moment in answer.get("stages", ()):
+            self.stages.add(f"stage {int(code):#04x}", int(moment))
+        return answer
 
-    def _give_terminal(self, core: CoreLink) -> None:
-        for device in self._tty_modes():
-            for name, fd in (("tty", 1), ("tty-in", 0)):
-                with contextlib.suppress(OSError):  # closed by who started us
-                    os.fstat(fd)
-                    core.deposit(device, name, fd)
-
-    # ---- the end
-
-    def _write_report(self, ending: Ending) -> None:
-        if self.flags.report is None:
-            return
+    def _write_report(self, path: str, ending: Ending) -> None:
         body = {"name": self.rundir.name, "end": ending.reason, "status": ending.status,
                 "stages": self.stages.as_wire(), "processes": self.processes(),
                 "events": [event.as_wire() for event in self.events.since(0)]}
         try:
-            report.write(self.flags.report, body)
+            report.write(path, body)
         except CellvisorError as error:
             log.get().error("%s", error)
 
@@ -243,6 +248,8 @@ class Supervisor:
                                  type=one.device.type, generation=one.generation)
                   for one in workers if one.is_alive and one.pid]
         return found
+
+    # ---- the end
 
     async def _stop(self) -> None:
         """End workers, nursery and core, each asked first and killed if it does not listen."""

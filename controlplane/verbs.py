@@ -64,17 +64,14 @@ class Verbs:
 
     async def _info(self, args: dict[str, Any]) -> dict[str, Any]:
         vm = self._vm
-        try:
-            core = await self._core(CoreVerb.INFO, 5.0)
-        except CellvisorError as error:
-            core = {"error": str(error)}
+        core = await vm.ask_core()
         body = {
             "config": vm.config.as_json(), "state": vm.state, "memory_actual_size": vm.config.memory.size,
             "device_tree": {device.id: {"id": device.id, "pci_bdf": device.bdf, "resources": [],
                                         "parent": None, "children": []} for device in vm.config.devices},
             "name": vm.rundir.name, "pid": os.getpid(), "run_dir": vm.rundir.path,
             "uptime": round(time.monotonic() - vm.began / 1e9, 3),
-            "stages": vm.stages.as_wire(), "core": core,
+            "stages": vm.stages.as_wire(), "memory": vm.memory_effects, "core": core,
         }
         if args["processes"]:
             body["processes"] = vm.processes()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from contextlib import suppress
 
 from cellvisor.core import log
@@ -28,10 +29,11 @@ class Windows:
         self._windows = sorted(windows, key=lambda window: (window.bar, window.offset))
         self._fds: dict[Window, int] = {}
         self._live: dict[Window, int] = {}  # memory and doorbells: window -> gpa where it is registered
-        for window, following in zip(self._windows, [*self._windows[1:], None], strict=True):
-            if following and following.bar == window.bar and following.offset < window.offset + window.size:
+        for window, following in pairwise(self._windows):
+            if following.bar == window.bar and following.offset < window.offset + window.size:
                 raise UsageError(f"{name}: windows at {window.offset:#x} and {following.offset:#x} of BAR "
                                  f"{window.bar} overlap")
+        for window in self._windows:
             self._check(window, fds)
 
     def _check(self, window: Window, fds: Mapping[str, int]) -> None:

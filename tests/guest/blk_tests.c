@@ -132,3 +132,37 @@ void test_msix(void)
     print("delivered=%lu\n", irq_count[queue->vector] - before);
     expect("read_unmasked", blk_do(&blk, BLK_IN, 0, data, 512), BLK_OK);
 }
+
+static void move_bar(struct virtio *virtio, struct bar *bar, uint64_t to)
+{
+    struct pci *pci = virtio->pci;
+    uint64_t from = bar->address, by = to - from;
+    pci_write(pci, PCI_COMMAND, 2, pci->command & ~PCI_COMMAND_MEMORY);
+    bar->address = to;
+    pci_restore(pci);
+    map_range(to, bar->size);
+    uint64_t *places[] = {&virtio->common, &virtio->isr, &virtio->config, &virtio->notify, &virtio->msix_table, &virtio->msix_pba,
+                          &virtio->queues[0].notify};
+    for (unsigned i = 0; i < ARRAY_SIZE(places); i++)
+        if (*places[i] >= from && *places[i] < from + bar->size)
+            *places[i] += by;
+}
+
+/* test=blk-move: the BAR with the doorbells moves there and back under a running queue (MSI-X or polled). */
+void test_blk_move(void)
+{
+    open();
+    unsigned moved = 0;
+    require(blk.virtio.irq != IRQ_INTX, "blk-move knows no INTx");
+    for (unsigned i = 0; i < 6; i++) {
+        struct bar *bar = &blk.virtio.pci->bars[i];
+        uint64_t home = bar->address;
+        if (!bar->size || blk.virtio.notify < home || blk.virtio.notify >= home + bar->size)
+            continue;
+        for (; moved < 32; moved++) {
+            move_bar(&blk.virtio, bar, moved % 2 ? home : 0xd8000000);
+            require(blk_do(&blk, BLK_IN, moved, data, 512) == BLK_OK, "request %u after the move failed", moved);
+        }
+    }
+    print("moved_requests=%u\n", moved);
+}

@@ -7,13 +7,15 @@ static const struct test {
 } tests[] = {
     {"boot", test_boot}, {"smp", test_smp}, {"pci", test_pci}, {"msix", test_msix},
     {"blk-info", test_blk_info}, {"blk-ops", test_blk_ops}, {"blk-boots", test_blk_boots},
+    {"blk-move", test_blk_move},
     {"blk-write", test_blk_write}, {"blk-verify", test_blk_verify}, {"blk-bench", test_blk_bench},
-    {"rng", test_rng}, {"console", test_console},
+    {"rng", test_rng}, {"console", test_console}, {"script", test_script},
+    {"hostile", test_hostile}, {"sweep", test_sweep}, {"cfgsweep", test_cfgsweep}, {"portsweep", test_portsweep},
 };
 
 void guest_main(void);
 
-static void run_named(const char *name, size_t length)
+void run_test(const char *name, size_t length)
 {
     for (unsigned i = 0; i < ARRAY_SIZE(tests); i++)
         if (strlen(tests[i].name) == length && !memcmp(tests[i].name, name, length)) {
@@ -23,7 +25,7 @@ static void run_named(const char *name, size_t length)
             print("test.us=%lu\n", (now_ns() - begin) / 1000);
             return;
         }
-    fail("unknown test in %s", param("test", "boot"));
+    fail("unknown test %s", name);
 }
 
 void guest_main(void)
@@ -42,7 +44,7 @@ void guest_main(void)
         size_t length = 0;
         while (at[length] && at[length] != ',')
             length++;
-        run_named(at, length);
+        run_test(at, length);
         at += length + (at[length] == ',');
     }
     finish();

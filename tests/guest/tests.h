@@ -9,11 +9,21 @@ void test_pci(void);
 void test_blk_info(void);
 void test_blk_ops(void);
 void test_blk_boots(void);
+void test_blk_move(void);
 void test_blk_write(void);
 void test_blk_verify(void);
 void test_blk_bench(void);
 void test_msix(void);
 void test_rng(void);
 void test_console(void);
+
+void test_hostile(void);
+void test_sweep(void);
+void test_cfgsweep(void);
+void test_portsweep(void);
+void test_script(void);
+
+/* Run one test by its name; ends the run if there is none. */
+void run_test(const char *name, size_t length);
 
 #endif

@@ -1,0 +1,47 @@
+"""Run the guest under cellvisor, as a user would: the command line in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.native.guest import GuestResult, Running, build
+
+
+def start_cellvisor(cmdline: str, where: Path, *, disks: Sequence[Path | str] = (), extra: Sequence[str] = (),
+                    initramfs: Path | None = None, cpus: int = 1, memory: int = 256, console: str = "off") -> Running:
+    """Start `cellvisor run` with the guest. A disk is a path or a whole --disk argument; `memory` in MiB.
+
+    Its run directory is private to this VM, so tests may run side by side.
+    """
+    serial = where / "serial.txt"
+    command = [
+        str(Path(sys.executable).with_name("cellvisor")), "run", "--kernel", str(build()), "--cmdline", cmdline,
+        "--serial", f"file={serial}", "--console", console, "--cpus", f"boot={cpus}", "--memory", f"size={memory}M",
+    ]
+    if initramfs is not None:
+        command += ["--initramfs", str(initramfs)]
+    for disk in disks:
+        command += ["--disk", f"path={disk}" if isinstance(disk, Path) else disk]
+    environment = dict(os.environ, XDG_RUNTIME_DIR=runtime_dir(where))
+    return Running([*command, *extra], serial, where / "vmm.log", environment)
+
+
+def runtime_dir(where: Path) -> str:
+    """Return the run directory that VMs started in `where` use: short, for socket paths end at 107 bytes."""
+    link = where / "run"
+    if not link.is_symlink():
+        link.symlink_to(tempfile.mkdtemp(prefix="cv-"))
+    return os.readlink(link)
+
+
+def run_cellvisor(cmdline: str, where: Path, *, timeout: float = 120.0, disks: Sequence[Path | str] = (),
+                  extra: Sequence[str] = (), initramfs: Path | None = None, cpus: int = 1, memory: int = 256,
+                  console: str = "off") -> GuestResult:
+    """Run the guest to its end and return what it said."""
+    with start_cellvisor(cmdline, where, disks=disks, extra=extra, initramfs=initramfs, cpus=cpus, memory=memory,
+                         console=console) as running:
+        return running.finish(timeout)

@@ -1,0 +1,52 @@
+"""Fixtures: `vm` runs the guest under cellvisor in a directory of the test's own, `disk` is a raw disk of 64 MiB."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+
+from tests.native import cellvisor
+from tests.native.guest import GuestResult, Running, make_disk
+
+
+class Vm(Protocol):
+    """What the `vm` fixture gives: call it to run a guest to its end, `start` to steer it meanwhile."""
+
+    where: Path
+
+    def __call__(self, cmdline: str, **options: Any) -> GuestResult: ...
+    def start(self, cmdline: str, **options: Any) -> Running: ...
+
+
+class _Vm:
+    def __init__(self, where: Path) -> None:
+        self.where = where
+        self.started: list[Running] = []
+
+    def __call__(self, cmdline: str, **options: Any) -> GuestResult:
+        return cellvisor.run_cellvisor(cmdline, self.where, **options)
+
+    def start(self, cmdline: str, **options: Any) -> Running:
+        self.started.append(cellvisor.start_cellvisor(cmdline, self.where, **options))
+        return self.started[-1]
+
+
+@pytest.fixture
+def vm(tmp_path: Path) -> Iterator[Vm]:
+    """Run guests under cellvisor; what still runs at the end of the test is stopped."""
+    made = _Vm(tmp_path)
+    yield made
+    for running in made.started:
+        running.stop()
+    if (tmp_path / "run").is_symlink():
+        shutil.rmtree(cellvisor.runtime_dir(tmp_path), ignore_errors=True)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    """A sparse raw disk of 64 MiB."""
+    return make_disk(tmp_path / "disk.raw")

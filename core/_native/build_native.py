@@ -1,5 +1,7 @@
 """Build the C extension: own types and functions from *.h here, kernel numbers from kernel.cdef."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 from cffi import FFI

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Container
 from pathlib import Path
 
 from tests.lint.source import Source
 from tests.lint.style import assigned
 
-# Names of these families may only come from the compiler (core/_native/kernel.cdef).
-KERNEL_OWNED = re.compile(r"^_?(KVM_|VFIO_|VHOST_|VIRTIO_|TUN|FALLOC_|EPOLL|TIOC|IFF_)[A-Z0-9_]+$")
-DEFINE = re.compile(r"^#\s*define\s+(\w+)\s+(0[xX][0-9a-fA-F]+|\d+)[uUlL]*\s*(?:/\*.*)?$", re.MULTILINE)
+DEFINED = re.compile(r"^#\s*define\s+(\w+)\s+\S", re.MULTILINE)
+NUMBER = re.compile(r"^#\s*define\s+(\w+)\s+(0[xX][0-9a-fA-F]+|\d+)[uUlL]*\s*(?:/\*.*)?$", re.MULTILINE)
+
+
+def header_names(*paths: Path) -> set[str]:
+    """Return every name that the C headers define as something."""
+    return {name for path in paths for name in DEFINED.findall(path.read_text())}
 
 
 def header_numbers(*paths: Path) -> dict[str, int]:
     """Return every plain number that the C headers define."""
-    return {name: int(value, 0) for path in paths for name, value in DEFINE.findall(path.read_text())}
+    return {name: int(value, 0) for path in paths for name, value in NUMBER.findall(path.read_text())}
 
 
 def literals(source: Source) -> list[tuple[ast.stmt, str, int]]:
@@ -30,17 +35,14 @@ def literals(source: Source) -> list[tuple[ast.stmt, str, int]]:
     return found
 
 
-def retyped(source: Source) -> list[str]:
-    """Return each kernel number that was typed instead of asked from the compiler."""
+def retyped(source: Source, names: Container[str]) -> list[str]:
+    """Return each number typed under a name that is in a header, with or without a leading underscore."""
     return [source.at(node, f"{name} = {value:#x} is the kernel's: take it from _native.lib")
-            for node, name, value in literals(source) if KERNEL_OWNED.match(name)]
+            for node, name, value in literals(source) if name.lstrip("_") in names]
 
 
 def differing(source: Source, numbers: dict[str, int], rename: dict[str, str]) -> list[str]:
     """Return each declared number that a header gives another value. `rename` maps our names to theirs."""
-    found = []
-    for node, name, value in literals(source):
-        theirs = numbers.get(rename.get(name, name))
-        if theirs is not None and theirs != value:
-            found.append(source.at(node, f"{name} is {value:#x}, the header says {theirs:#x}"))
-    return found
+    return [source.at(node, f"{name} is {value:#x}, {rename[name]} is {numbers[rename[name]]:#x}")
+            for node, name, value in literals(source)
+            if rename.get(name) in numbers and numbers[rename[name]] != value]

@@ -12,7 +12,7 @@ class Barrier:
 
     def __init__(self, reactor: Reactor, waited_for: set[str], answer: str, seconds: float,
                  then: Callable[[set[str]], None]) -> None:
-        self._reactor, self._waited_for, self._answer = reactor, set(waited_for), answer
+        self._reactor, self._waited_for, self.answer = reactor, set(waited_for), answer
         self._seconds, self._then = seconds, then
         self._timer: int | None = None
         self._over = False
@@ -24,7 +24,7 @@ class Barrier:
 
     def answered(self, name: str, what: str) -> None:
         """`name` said `what`; other answers than the one waited for do not count."""
-        if what == self._answer:
+        if what == self.answer:
             self.gone(name)
 
     def gone(self, name: str) -> None:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from cellvisor.core import log
 from cellvisor.core.errors import CellvisorError, Conflict, UsageError, from_wire
 from cellvisor.core.fds import Connection
-from cellvisor.core.ring.state import create_state
+from cellvisor.core.ring.state import StateMap, create_state
 from cellvisor.core.virtio.device import VirtioPciDevice
 from cellvisor.core.wire.messages import PROTOCOL, ToCore, ToWorker
 from cellvisor.core.wire.spec import Spec, spec_from_wire
@@ -40,6 +40,10 @@ class Home(Protocol):
 
     lock: threading.RLock  # the board's: vCPU threads use the function too
 
+    @property
+    def paused(self) -> bool:
+        """Must workers stay quiet?"""
+
     def send(self, identity: str, body: dict[str, Any]) -> None:
         """Send to a worker; one that is gone is ignored."""
 
@@ -54,6 +58,9 @@ class Home(Protocol):
 
     def failed(self, link: Link, reason: str) -> None:
         """The worker cannot serve or is gone."""
+
+    def unserved_reset(self, link: Link) -> None:
+        """The driver waits for a reset, and no worker is there to finish it."""
 
     def offer(self, connection: Connection) -> None:
         """Answer a worker that waits for its descriptors."""
@@ -89,6 +96,7 @@ class Link:
         self.config_fd = _eventfd()
         self.ping_fd = _eventfd()
         self.state_fd = -1
+        self.state: StateMap | None = None
         self.activation: dict[str, Any] | None = None
         self.pending_reset: int | None = None
         self.values: dict[str, int] = {}
@@ -160,16 +168,17 @@ class Link:
     def activate(self, epoch: int, queues: list[dict[str, int]], features: int) -> None:
         """The driver said DRIVER_OK."""
         self.activation = {"epoch": epoch, "queues": queues, "features": features}
-        self.send(ToWorker.ACTIVATE, **self.activation)
+        self.send(ToWorker.ACTIVATE, **self.activation, paused=self.home.paused)
 
     def reset(self, epoch: int) -> None:
-        """The driver wrote 0 to device_status; without a worker there is nobody to wait for."""
+        """The driver wrote 0 to device_status. A dead worker's I/O may still live: only a successor, which
+        has passed the fence, can end the reset (on its READY)."""
         self.activation = None
         self.pending_reset = epoch
         if self.alive:
             self.send(ToWorker.RESET, epoch=epoch)
-        elif self.worker is None or self.worker.state is WorkerState.DEAD:
-            self._finish_reset(epoch)
+        else:
+            self.home.unserved_reset(self)
 
     def config_write(self, offset: int, data: bytes) -> None:
         """The driver wrote to device config space."""
@@ -209,6 +218,7 @@ class Link:
             self.kick_fds = [_eventfd() for _ in spec.queues]
             self.call_fds = [_eventfd() for _ in spec.queues]
             self.state_fd = create_state(spec.queues, spec.private_size)
+            self.state = StateMap(self.state_fd)
             self.function = self.home.build(self)
         elif (spec.queues, spec.virtio_id, spec.private_size) != (
                 self.spec.queues, self.spec.virtio_id, self.spec.private_size):
@@ -225,7 +235,7 @@ class Link:
         if self.pending_reset is not None:
             self.send(ToWorker.RESET, epoch=self.pending_reset)
         elif self.activation is not None:
-            self.send(ToWorker.ACTIVATE, **self.activation)
+            self.send(ToWorker.ACTIVATE, **self.activation, paused=self.home.paused)
         self.home.ready(self)
 
     def _reset_done(self, body: dict[str, Any]) -> None:
@@ -270,6 +280,9 @@ class Link:
 
     def close(self) -> None:
         """Release the eventfds and the state memfd; the function must be gone."""
+        if self.state is not None:
+            self.state.close()
+            self.state = None
         for fd in (*self.kick_fds, *self.call_fds, self.config_fd, self.ping_fd, self.state_fd):
             if fd >= 0:
                 os.close(fd)

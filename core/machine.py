@@ -32,6 +32,7 @@ from cellvisor.core.platform import Platform
 from cellvisor.core.server import Server
 from cellvisor.core.state import State, change
 from cellvisor.core.virtio.device import VirtioPciDevice
+from cellvisor.core.watchdog import Watchdog
 from cellvisor.core.wire.messages import ToWorker
 
 lib = _native.lib
@@ -58,6 +59,7 @@ class Machine:
         self.vcpus: list[Vcpu] = []
         self.resets = 0
         self._barrier: Barrier | None = None
+        self._watchdog = Watchdog(server.reactor, lambda: self.links.values(), server.expel)
 
     # ---- life
 
@@ -330,20 +332,24 @@ class Machine:
             self._barrier.answered(link.device, what)
 
     def failed(self, link: Link, reason: str) -> None:
-        """A worker is gone: the guest is told that the device needs a reset, nobody waits for it."""
+        """A worker is gone. The guest is not told: a successor may carry on, kicks stay in the eventfds."""
         generation = link.worker.generation if link.worker else 0
         self._server.event("device.failed", device=link.device, generation=generation, reason=reason)
-        if link.function is not None and self.platform is not None and link.activation is not None:
-            with self.lock:
-                link.function.needs_reset()
-        if link.pending_reset is not None:
-            link.reset(link.pending_reset)
-        if self._barrier is not None:
+        if self._barrier is not None and self._barrier.answer == "paused":
             self._barrier.gone(link.device)
+
+    def unserved_reset(self, link: Link) -> None:
+        """Somebody must start a successor, or a machine reset and the guest's driver wait in vain."""
+        self._server.event("device.reset-waits", device=link.device)
 
     def offer(self, connection: Connection) -> None:
         """Answer a worker that waits for its descriptors."""
         self._server.offer(connection)
+
+    @property
+    def paused(self) -> bool:
+        """Must workers stay quiet?"""
+        return self.state is State.PAUSED
 
     def shared_descriptors(self) -> dict[str, int]:
         """Return guest RAM and its table for a worker."""

@@ -204,8 +204,9 @@ class Worker:
             queue = Queue(index, self._state, self._memory, config, features, self._calls[index], epoch=epoch)
             queue.requeue(queue.recover())
             self._queues[index] = queue
-        self._paused = False
-        self._listen()
+        self._paused = body.get("paused") is True
+        if not self._paused:
+            self._listen()
 
     def _listen(self) -> None:
         """Watch the kicks and kick every queue: what was offered while nobody listened is waiting."""

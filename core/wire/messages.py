@@ -6,7 +6,7 @@ Worker <-> core (ZeroMQ, worker DEALER, core ROUTER; identity `<device>/<generat
       | HELLO {spec}           --->  |   core builds the PCI function, makes eventfds and the state memfd
       |  (AF_UNIX fds socket: take) |   worker asks for its descriptors, core sends them with SCM_RIGHTS
       | READY {}               --->  |   memory is mapped: the function may be shown to the guest
-      | <--- ACTIVATE {epoch, queues, features}           on DRIVER_OK; never waited for
+      | <--- ACTIVATE {epoch, queues, features, paused}         on DRIVER_OK; never waited for
       | <--- RESET {epoch}           |
       | RESET_DONE {epoch}     --->  |   only now device_status reads 0
       | <--- PAUSE {}    PAUSED --->  |   nothing in execution, nothing will be fetched

@@ -147,8 +147,6 @@ class Msix:
         for fd in fds:
             if fd not in self._assigned and self._try("irqfd", partial(self._port.assign, fd, gsi)):
                 self._assigned[fd] = gsi
-                # KVM has polled the count while assigning but leaves it there: it would look pending later.
-                eventfd.take(fd)
 
     def _route(self, vector: int, message: tuple[int, int]) -> bool:
         def route() -> None:
@@ -165,8 +163,8 @@ class Msix:
     def _off(self, fd: int) -> None:
         gsi = self._assigned.pop(fd, None)
         if gsi is not None:
-            # Kernels before 5.11 deliver without taking the count. What is signalled between these two lines
-            # is delivered at most twice, never lost.
+            # What KVM delivered may still be in the count (always before Linux 5.11, and what it found while
+            # assigning) and would look pending. A signal between these two lines comes twice at most.
             eventfd.take(fd)
             self._try("irqfd", partial(self._port.deassign, fd, gsi))
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from contextlib import suppress
+from itertools import pairwise
 
 from cellvisor.core import log
 from cellvisor.core.errors import CellvisorError, UsageError

@@ -206,7 +206,6 @@ class VirtioPciDevice:
     def went_live(self) -> None:
         """DRIVER_OK: doorbells first, so that what is kicked from now on is in the eventfds."""
         self._sync_doorbells()
-        self._interrupts.drain()  # what a predecessor's last breath left
         self._interrupts.start()
         self.owner.activate(self._common.epoch, self.queues(), self._common.accepted)
 

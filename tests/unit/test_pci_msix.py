@@ -10,7 +10,7 @@ from cellvisor.core.pci import eventfd
 from tests.fakes.pci import Bench
 
 
-@pytest.fixture()
+@pytest.fixture
 def bench():
     made = Bench()
     made.driver.start()
@@ -22,8 +22,10 @@ def pba(bench):
     return bench.driver.read(bench.driver.pba, 8)
 
 
-def test_masked_vector_is_pending_and_delivers_once_when_unmasked(bench):
+@pytest.mark.parametrize("drains", [True, False])
+def test_masked_vector_is_pending_and_delivers_once_when_unmasked(bench, drains):
     driver, vm = bench.driver, bench.vm
+    vm.drains = drains
     driver.mask(1, True)
     assert bench.calls[0] not in vm.irqfds
     assert bench.calls[1] in vm.irqfds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 
 import pytest
 
@@ -49,12 +50,12 @@ class Function:
         self.at[bar] = gpa
 
 
-@pytest.fixture()
+@pytest.fixture
 def vm():
     return FakeVm()
 
 
-@pytest.fixture()
+@pytest.fixture
 def root(vm):
     return PciRoot(vm.shadow, window64=WINDOW64)
 
@@ -125,7 +126,7 @@ def test_slots(root, vm):
     with pytest.raises(Conflict, match="taken by fn7"):
         root.attach(7, Function())
     for slot in (-1, 32):
-        with pytest.raises(UsageError, match="outside 0..31"):
+        with pytest.raises(UsageError, match=r"outside 0\.\.31"):
             root.attach(slot, Function())
     gone = root.detach(7)
     assert gone.slot is None
@@ -160,7 +161,7 @@ def test_allocation_is_aligned_disjoint_and_reused(root):
     spans = sorted((address, address + function.config.bars[bar].size)
                    for function in functions for bar, address in function.at.items())
     assert len(spans) == 24
-    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans))
     assert all(start % (end - start) == 0 for start, end in spans)
     assert all(function.at[4] >= WINDOW64[0] for function in functions)
     assert all(function.at[0] < layout.MMIO32_END for function in functions)

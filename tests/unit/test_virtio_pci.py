@@ -7,7 +7,7 @@ import os
 import pytest
 
 from cellvisor.core.abi import pci, virtio
-from cellvisor.core.errors import UsageError
+from cellvisor.core.errors import Internal, UsageError
 from cellvisor.core.pci import eventfd
 from cellvisor.core.wire.spec import Spec, Window, WindowKind
 from tests.fakes.pci import Bench
@@ -16,7 +16,7 @@ SETUP = virtio.S_ACKNOWLEDGE | virtio.S_DRIVER
 LIVE = SETUP | virtio.S_FEATURES_OK | virtio.S_DRIVER_OK
 
 
-@pytest.fixture()
+@pytest.fixture
 def bench():
     made = Bench()
     yield made
@@ -69,6 +69,13 @@ def test_life_cycle_with_msix(bench):
     assert not vm.irqfds
     driver.status = virtio.S_ACKNOWLEDGE
     assert driver.status == LIVE, "the driver has to wait"
+    driver.set_reg(virtio.COMMON_CONFIG_VECTOR, 2, 2)
+    driver.set_reg(virtio.COMMON_DRIVER_FEATURE_SELECT, 4, 7)
+    driver.write(driver.device[0], 1, 1)
+    assert not vm.irqfds
+    assert driver.reg(virtio.COMMON_DRIVER_FEATURE_SELECT, 4) == 1
+    driver.write(driver.notify[0], 2, 0)
+    assert not eventfd.pending(bench.kicks[0])
     assert not bench.device.reset_done(epoch + 1)
     assert driver.status == LIVE
     assert bench.device.reset_done(epoch)
@@ -262,7 +269,10 @@ def test_intx_while_msix_is_off(bench):
 def test_needs_reset_raises_the_config_interrupt(bench):
     driver, vm = bench.driver, bench.vm
     bench.device.needs_reset()
+    bench.device.set_config(bytes(60))
     assert driver.status == 0, "nothing to reset yet"
+    assert driver.read(driver.isr[0], 1) == 0, "nobody listens yet"
+    assert not any(vm.lines.values())
     driver.start()
     bench.device.needs_reset()
     vm.settle()
@@ -342,12 +352,12 @@ def test_pci_cfg_capability(bench):
     aim(0x6004, 2)
     put(1)
     assert eventfd.take(bench.kicks[1]) == 1
-    for offset, length, bar in ((0x6004, 3, 0), (0x6005, 2, 0), (0x7FFFE, 4, 0), (0x80000, 4, 0),
+    for offset, length, bar in ((0x6004, 3, 0), (17, 2, 0), (0x6005, 2, 0), (0x7FFFE, 4, 0), (0x80000, 4, 0),
                                 (0xFFFF_FFFC, 4, 0), (0x6004, 2, 1), (0x6004, 2, 2), (0x6004, 2, 255),
                                 (0x6004, 8, 0), (0x6004, 0, 0)):
         aim(offset, length, bar)
         put(1)
-        get()
+        assert get() == 1, "stored, not done"
         assert not eventfd.pending(bench.kicks[1]), (offset, length, bar)
 
 
@@ -464,6 +474,25 @@ def test_shared_memory_window_follows_its_bar():
     assert not vm.mappings
     os.close(fd)
     bench.close()
+
+
+def test_a_window_attached_before_there_is_a_vm_is_mapped_at_power_on(monkeypatch):
+    fd = os.memfd_create("pmem")
+    window = Window(bar=2, offset=0x1000, size=0x1000, kind=WindowKind.MEMORY, fd="mem")
+    bench = Bench(Spec(virtio_id=virtio.ID_PMEM, windows=(window,)), window_fds={"mem": fd})
+    bench.root.detach(3)
+
+    def refuse(*args):
+        raise Internal("there is no VM")
+
+    monkeypatch.setattr(bench.vm.ports.memory, "map", refuse)
+    bench.root.attach(3, bench.device)
+    assert not bench.vm.mappings
+    monkeypatch.undo()
+    bench.root.power_on()
+    assert list(bench.vm.mappings) == [bench.device.config.bar_address(2) + 0x1000]
+    bench.close()
+    os.close(fd)
 
 
 @pytest.mark.parametrize(("change", "text"), [

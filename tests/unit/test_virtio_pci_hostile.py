@@ -159,9 +159,9 @@ def play(bench, step):
             device.request_reset()
         root.machine_reset()
         root.power_on()
-    elif step == "start" and device._base is not None and device.status == 0 and device.config.decodes:
-        if device._base == device.config.bar_address(0):
-            driver.start()
+    elif step == "start" and device.status == 0 and device.config.decodes and \
+            device._base == device.config.bar_address(0):
+        driver.start()
 
 
 @settings(max_examples=150, deadline=None)

@@ -17,4 +17,4 @@ native: .venv/ready $(EXTENSION)                                         ## set 
 clean:        ; rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info $(EXTENSION) core/_native/_native.c  ## all but the lab's cache
 
 .venv/ready: pyproject.toml setup.py .ci/setup ; @.ci/setup
-$(EXTENSION): $(C_PARTS) | .venv/ready ; $(PY) setup.py -q build_ext --inplace --force && touch $@
+$(EXTENSION): $(C_PARTS) | .venv/ready ; $(PY) -W ignore setup.py -q build_ext --inplace --force && touch $@

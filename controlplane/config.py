@@ -27,6 +27,8 @@ CONSOLE_MODES = ("off", "null", "tty", "pty", "file", "socket")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cpus:
+    """How many vCPUs: `--cpus`."""
+
     boot: int = option(1, help="vCPUs at boot", min=1, max=MAX_VCPUS)
     max: int | None = option(None, help="most vCPUs ever (as many as boot)", min=1, max=MAX_VCPUS)
 
@@ -36,6 +38,8 @@ class Cpus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
+    """How much guest RAM, and how it is backed: `--memory`."""
+
     size: int = option(512 * MIB, help="guest memory in bytes", size=True)
     prefault: bool = option(False, help="touch every page before boot")
     hugepages: bool = option(False, help="use hugetlbfs pages")
@@ -50,6 +54,8 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Payload:
+    """What to boot: paths as given, and the command line."""
+
     kernel: str
     initramfs: str | None = None
     cmdline: str = ""

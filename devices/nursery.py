@@ -34,6 +34,8 @@ MAX_UNTOLD = 1000
 
 @dataclass(frozen=True, slots=True)
 class Child:
+    """A worker that this nursery forked and has not reaped yet."""
+
     device: str
     generation: int
     pid: int

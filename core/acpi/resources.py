@@ -27,7 +27,7 @@ def io(first: int, last: int, size: int, align: int = 1) -> bytes:
 
 
 def memory32_fixed(base: int, size: int, *, writable: bool = True) -> bytes:
-    """Memory32Fixed."""
+    """Memory32Fixed: `size` bytes at `base`."""
     return struct.pack("<BHBII", 0x86, 9, int(writable), base, size)
 
 

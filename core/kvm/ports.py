@@ -18,7 +18,7 @@ MAX_GSI = 4096  # KVM_MAX_IRQ_ROUTES
 
 
 class VmDoorbells:
-    """ports.Doorbells."""
+    """ports.Doorbells over KVM's ioeventfds."""
 
     def __init__(self) -> None:
         self.vm: Vm | None = None

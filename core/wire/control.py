@@ -27,11 +27,15 @@ class NoArgs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InfoArgs:
+    """What `info` takes."""
+
     processes: bool = option(False, help="list the VM's processes with their memory (reads smaps: slower)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EventsArgs:
+    """What `events` takes."""
+
     since: int = option(0, help="only events with a higher sequence number", min=0)
 
 

@@ -22,6 +22,8 @@ MAX_ZEROES = (64 << 20) // SECTOR  # what has to be written by hand if the file 
 
 @dataclass(frozen=True, slots=True)
 class QueueAffinity:
+    """Which host CPUs serve a queue."""
+
     queue_index: int = option(min=0)
     host_cpus: list[int] = option(min=0)
 

@@ -259,9 +259,11 @@ class Supervisor:
             self.fleet.stopping()
         patience = 0.2
         if self.core is not None and self.core_child.status() is None:
-            with contextlib.suppress(CellvisorError):
+            try:
                 await self.core.request(CoreVerb.QUIT, END_TIMEOUT)
                 patience = END_TIMEOUT  # it has told its workers
+            except CellvisorError:
+                self.core_child.kill()
         if self.fleet is not None:
             await self.fleet.wait_gone(patience)
             self.fleet.kill()

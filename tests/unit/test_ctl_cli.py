@@ -1,0 +1,193 @@
+"""The command: every verb has help and an example, exit statuses are what they say, nothing slow is imported."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cellvisor.core.errors import Conflict, Internal, NotFound, TryAgain, UsageError
+from cellvisor.core.wire import places
+from cellvisor.core.wire.control import VERBS
+from cellvisor.ctl import client, dispatch, render
+
+RUN = Path(__file__).parents[1] / "fakes" / "control_run.py"
+MAIN = "import sys; from cellvisor.ctl.cli import main; sys.exit(main())"
+
+
+def cellvisor(*argv: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", MAIN, *argv], capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def vm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """One VM for the module, with fakes for core and nursery."""
+    base = tmp_path_factory.mktemp("vm")
+    (base / "kernel").write_bytes(b"kernel")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("XDG_RUNTIME_DIR", str(base))
+    argv = [sys.executable, str(RUN), "--kernel", str(base / "kernel"), "--name", "web", "--disk", "path=a"]
+    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
+    try:
+        while not places.running():
+            assert process.poll() is None
+        with client.Client("web") as caller:
+            while caller.call("info")["state"] != "Running":
+                assert process.poll() is None
+        yield "web"
+    finally:
+        process.terminate()
+        process.wait(60)
+        patch.undo()
+
+
+@pytest.fixture
+def no_vm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+
+
+def test_every_ready_verb_has_a_command_with_an_example() -> None:
+    assert {verb.name for verb in VERBS.values() if verb.ready} <= set(dispatch.names())
+    for name in dispatch.names():
+        command = dispatch.load(name)
+        assert command.EXAMPLE.startswith(f"cellvisor {name}"), name
+        assert command.HELP.endswith("."), name
+
+
+@pytest.mark.parametrize("verb", [name for name in dispatch.names() if name != "run"])
+def test_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        dispatch.run([verb, "--help"])
+    out = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert "example:" in out
+    assert "--json" in out
+    assert "exit status:" in out
+
+
+def test_general_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert dispatch.run(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name} " in out for name in dispatch.names())
+    assert dispatch.run([]) == 2
+
+
+def test_run_help_is_the_controlplanes() -> None:
+    done = cellvisor("run", "--help")
+    assert done.returncode == 0
+    assert "--kernel PATH" in done.stdout
+    assert "example:" in done.stdout
+    done = cellvisor("run")
+    assert (done.returncode, done.stderr) == (
+        2, "cellvisor: --kernel is missing (give a bzImage or an uncompressed vmlinux)\n")
+
+
+@pytest.mark.parametrize(("error", "status"), [
+    (Conflict("x"), 1), (NotFound("x"), 1), (Internal("x"), 1), (UsageError("x"), 2),
+    (NotFound("x", code="no-vm"), 3), (TryAgain("x"), 4)])
+def test_exit_status(error: Exception, status: int) -> None:
+    assert dispatch.exit_status(error) == status  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("no_vm")
+@pytest.mark.parametrize(("argv", "status", "line"), [
+    (["pnig"], 2, "unknown verb 'pnig' (did you mean ping?)"),
+    (["ping", "--wrong"], 2, "unrecognized arguments: --wrong (see cellvisor ping --help)"),
+    (["ping"], 3, "no VM is running (start one with cellvisor run)"),
+    (["ping", "web"], 3, "no VM 'web' is running (none is running; start one with cellvisor run)"),
+    (["ping", "/no/such"], 3, "no VM is running in /no (see cellvisor ls)"),
+    (["ping", "we b"], 2, "--name 'we b' cannot name a VM"),
+    (["report", "/no/such"], 1, "/no/such: no such file"),
+    (["report", "/proc/version"], 2, "/proc/version is not a report"),
+])
+def test_errors_are_one_line(argv: list[str], status: int, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dispatch.run(argv) == status
+    err = capsys.readouterr().err
+    assert err.startswith(f"cellvisor: {line}")
+    assert err.count("\n") == 1
+    assert dispatch.run([*argv, "--json"]) == status
+    assert json.loads(capsys.readouterr().err)["error"]["message"]
+
+
+@pytest.mark.usefixtures("vm")
+@pytest.mark.parametrize("verb", ["ping", "info", "devices", "tree", "ls", "events", "pause", "resume", "reset",
+                                  "reboot", "power-button"])
+def test_each_verb_for_people_and_programs(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if verb == "resume":
+        dispatch.run(["resume"])
+        dispatch.run(["pause"])
+    capsys.readouterr()
+    assert dispatch.run([verb]) == 0
+    plain = capsys.readouterr().out
+    assert plain
+    assert "\x1b" not in plain
+    dispatch.run(["resume"])
+    if verb == "resume":
+        dispatch.run(["pause"])
+    capsys.readouterr()
+    assert dispatch.run([verb, "--json"]) == 0
+    out = capsys.readouterr().out
+    for document in out.splitlines() if verb == "events" else [out]:
+        json.loads(document)
+    dispatch.run(["resume"])
+
+
+def test_by_name_path_and_socket(vm: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = places.vm_dir(vm)
+    for where in (vm, path, os.path.join(path, places.API)):
+        assert dispatch.run(["ping", where]) == 0
+        assert capsys.readouterr().out.startswith("web: cellvisor")
+
+
+def test_refusals_of_the_vm(vm: str, capsys: pytest.CaptureFixture[str]) -> None:
+    dispatch.run(["pause"])
+    assert dispatch.run(["pause"]) == 1
+    assert "cellvisor: the VM is paused already" in capsys.readouterr().err
+    dispatch.run(["resume"])
+
+
+def test_nothing_slow_is_imported(vm: str) -> None:
+    script = ("import sys; from cellvisor.ctl.cli import main; sys.argv[1:] = ['tree']; main(); "
+              "print([n for n in ('rich', 'asyncio', 'uvloop', 'cellvisor.controlplane') if n in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "[]"
+    script = "import sys, cellvisor.ctl.cli; print([n for n in ('argparse', 'zmq', 'json') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[]\n"
+
+
+def test_several_vms_need_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "running", lambda: {"a": {"pid": 1}, "b": {"pid": 2}})
+    with pytest.raises(UsageError, match="name one of: a, b"):
+        client.find()
+
+
+def test_tables_and_trees(capsys: pytest.CaptureFixture[str]) -> None:
+    render.table(("NAME", "N "), [("a", "1"), ("long", "22")])
+    assert capsys.readouterr().out == "NAME   N\na      1\nlong  22\n"
+    render.table(("NAME", "N "), [])
+    assert capsys.readouterr().out == "NAME  N\n"
+    render.process_tree([
+        {"role": "controlplane", "pid": 1, "parent": 0, "pss": 2048, "pss_shmem": 0},
+        {"role": "nursery", "pid": 3, "parent": 1, "pss": 1024, "pss_shmem": 0},
+        {"role": "worker", "pid": 4, "parent": 3, "pss": 512, "pss_shmem": 256, "device": "d", "type": "blk",
+         "generation": 1},
+        {"role": "core", "pid": 2, "parent": 1},
+    ])
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in out[:4]] == ["PROCESS", "controlplane", "├─ nursery", "│"]
+    assert out[3].lstrip("│ ").startswith("└─ d (blk, generation 1)")
+    assert out[4].startswith("└─ core")
+    assert out[4].split()[-2:] == ["?", "?"]
+    assert out[5].split() == ["total", "3.5", "0.2"]
+
+
+def test_a_terminal_gets_rich(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(render, "is_fancy", lambda: True)
+    render.table(("NAME", "N "), [("a", "1")])
+    assert "NAME" in capsys.readouterr().out

@@ -5,13 +5,11 @@ from __future__ import annotations
 import pytest
 
 from tests.lint.layers import problems
-from tests.lint.source import PACKAGES, ROOT, Source, python_files
+from tests.lint.source import Source
 
 
-def test_imports_go_one_way() -> None:
-    sources = python_files(ROOT, *PACKAGES)
-    assert len(sources) > 50
-    assert problems(sources) == []
+def test_imports_go_one_way(product: list[Source]) -> None:
+    assert problems(product) == []
 
 
 @pytest.mark.parametrize(("path", "line", "reason"), [

@@ -9,21 +9,19 @@ from pathlib import Path
 import pytest
 
 from tests.lint import style
-from tests.lint.source import PACKAGES, ROOT, Source, c_files, python_files
+from tests.lint.source import ROOT, Source, c_files, python_files
 
 Rule = Callable[[Source], list[str]]
 
 
 @pytest.mark.parametrize("rule", style.PRODUCT, ids=lambda rule: rule.__name__)
-def test_product(rule: Rule) -> None:
-    sources = python_files(ROOT, *PACKAGES)
-    assert len(sources) > 50
-    assert [line for source in sources for line in rule(source)] == []
+def test_product(rule: Rule, product: list[Source]) -> None:
+    assert [line for source in product for line in rule(source)] == []
 
 
 @pytest.mark.parametrize("rule", style.TESTS, ids=lambda rule: rule.__name__)
-def test_tests(rule: Rule) -> None:
-    assert [line for source in python_files(ROOT, "tests") for line in rule(source)] == []
+def test_tests(rule: Rule, checks: list[Source]) -> None:
+    assert [line for source in checks for line in rule(source)] == []
 
 
 def test_c_files_stay_short() -> None:
@@ -32,8 +30,8 @@ def test_c_files_stay_short() -> None:
     assert [line for source in files for line in style.sizes(source, style.MAX_C)] == []
 
 
-def test_print_the_median(record_property: Callable[[str, object], None]) -> None:
-    sizes = [source.lines for source in python_files(ROOT, *PACKAGES) if source.text.strip()]
+def test_print_the_median(product: list[Source], record_property: Callable[[str, object], None]) -> None:
+    sizes = [source.lines for source in product if source.text.strip()]
     median = statistics.median(sizes)
     record_property("median_lines", median)
     print(f"median {median:.0f} lines in {len(sizes)} files, largest {max(sizes)}")

@@ -126,7 +126,7 @@ class Blk(DeviceBase):
 
     def _place(self, sector: int, size: int) -> int:
         """Return the offset of `size` bytes at `sector`."""
-        if size % SECTOR or sector > self._sectors or size // SECTOR > self._sectors - sector:
+        if size % SECTOR or size // SECTOR > self._sectors - sector:
             raise Refused(virtio.BLK_S_IOERR)
         return sector * SECTOR
 

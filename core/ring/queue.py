@@ -121,6 +121,7 @@ class Queue:
         self._memory = memory
         self._state = state
         self._lib, self._ffi = native.lib, native.ffi
+        self._harvest, self._complete = native.lib.cv_queue_harvest, native.lib.cv_queue_complete
         self._queued: deque[Chain] = deque()
         self._c: Any = None
         if not 0 <= index < len(state.layout.areas):
@@ -186,14 +187,15 @@ class Queue:
                 self.more = True
                 return chains
             chains.append(self._queued.popleft())
+        c = self._c
         while True:
             room = min(self.size, limit - len(chains)) if limit else self.size
-            count = self._lib.cv_queue_harvest(self._c, self._chains, room, self._segments, self._room)
-            if count < 0:
-                self._check(count)
-            if count:
+            count = self._harvest(c, self._chains, room, self._segments, self._room)
+            if count > 0:
                 chains += self._build(count)
-            if not self._c.more:
+            elif count < 0:
+                self._check(count)
+            if not c.more:
                 return chains
             if limit and len(chains) >= limit:
                 self.more = True
@@ -223,7 +225,7 @@ class Queue:
             raise Internal(f"queue {self.index}: {written} bytes written to head {chain.head}, "
                            f"which takes {chain.writable_size}")
         if self._c is not None:
-            code = self._lib.cv_queue_complete(self._c, chain.head, chain.counter, written)
+            code = self._complete(self._c, chain.head, chain.counter, written)
             if code:
                 self._check(code)
 
@@ -267,13 +269,13 @@ class Queue:
         raise reason(self._lib, -code, self.index, self._c.value)
 
     def _build(self, count: int) -> list[Chain]:
-        # The segments of all chains lie one after the other: walk them with one index.
-        fields = list(_CHAIN.iter_unpack(self._chain_bytes[:count * _CHAIN.size]))
-        last = fields[-1]
-        words = self._segment_words[:2 * (last[4] + last[5] + last[6])].tolist()
+        # The segments of all chains lie one after the other: one list of views serves every chain.
+        raw = self._chain_bytes
+        fields = [_CHAIN.unpack_from(raw)] if count == 1 else _CHAIN.iter_unpack(raw[:count * _CHAIN.size])
+        last = _CHAIN.unpack_from(raw, (count - 1) * _CHAIN.size)
+        words = iter(self._segment_words[:2 * (last[4] + last[5] + last[6])].tolist())
         ram = self._memory.ram
-        views = [ram[offset:offset + length]
-                 for offset, length in zip(words[::2], words[1::2], strict=True)]
+        views = [ram[offset:offset + length] for offset, length in zip(words, words, strict=True)]
         chains: list[Chain] = []
         for head, starts, used_len, counter, first, reads, writes, readable_size, writable_size in fields:
             middle = first + reads

@@ -110,7 +110,7 @@ class StateMap:
         try:
             layout = StateLayout.of([c.queues[i].max_size for i in range(count)], c.private_size)
         except UsageError as error:
-            raise Internal(error.message) from None
+            raise Internal(f"state memfd: {error.message}") from None
         areas = tuple(c.queues[i].area for i in range(count))
         if (layout.size, layout.size, layout.areas, layout.private_offset) != (
                 size, c.size, areas, c.private_offset):

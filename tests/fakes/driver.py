@@ -140,6 +140,11 @@ class FakeDriver:
 
     # ---- what a driver does
 
+    @property
+    def room(self) -> int:
+        """Return how many descriptors are free."""
+        return len(self._free)
+
     def add(self, readable: Sequence[bytes] = (), writable: Sequence[int] = (), *,
             indirect: bool = False) -> int:
         """Build a chain of buffers (contents, then sizes) and return its head; offer() makes it available."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import signal
 import sys
 import time
@@ -63,7 +62,7 @@ def _run(argv: list[str], programs: processes.Programs, pending: list[int], bega
         stack.callback(claimed.remove)
         terminal = Terminal()
         stack.callback(terminal.restore)
-        token = secrets.token_hex(16)
+        token = os.urandom(16).hex()
         core = processes.start_core(programs, claimed, token, *logging)
         stack.callback(_put_down, core)
         claimed.note(core=core.pid)

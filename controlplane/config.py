@@ -43,13 +43,12 @@ class Memory:
     size: int = option(512 * MIB, help="guest memory in bytes", size=True)
     prefault: bool = option(False, help="touch every page before boot")
     hugepages: bool = option(False, help="use hugetlbfs pages")
-    hugepage_size: int | None = option(None, help="which hugetlbfs pages", size=True, power_of_two=True)
     thp: bool = option(True, help="ask for transparent huge pages")
     shared: bool = option(True, help="always on: devices are processes", choices=(True,))
 
     def as_json(self) -> dict[str, Any]:
         return {"size": self.size, "prefault": self.prefault, "hugepages": self.hugepages,
-                "hugepage_size": self.hugepage_size, "thp": self.thp, "shared": True}
+                "thp": self.thp, "shared": True}
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,12 +145,6 @@ def check_memory(memory: Memory) -> Memory:
                          hint="sizes take K, M, G or T: size=1G")
     if memory.size % MIN_MEMORY:
         raise UsageError(f"--memory: size={memory.size} is not a multiple of 2M")
-    if memory.hugepage_size is not None:
-        if not memory.hugepages:
-            raise UsageError(f"--memory: hugepage_size={memory.hugepage_size} without hugepages=on")
-        if memory.size % memory.hugepage_size:
-            raise UsageError(f"--memory: size={memory.size} is not a multiple of "
-                             f"hugepage_size={memory.hugepage_size}")
     return memory
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -65,7 +64,7 @@ class Client:
 
         Raises TryAgain (code "no-answer") after the time-out: the VM may still do what was asked.
         """
-        key = secrets.token_hex(12)
+        key = os.urandom(12).hex()
         self._socket.send(pack(request(key, verb, args)))
         until = time.monotonic() + self._timeout
         while True:

@@ -63,7 +63,14 @@ class ToWorker(StrEnum):
 
 
 class CoreVerb(StrEnum):
-    """What the controlplane asks of core: {"id", "verb", "args"} -> {"id", "ok"} or {"id", "error"}."""
+    """What the controlplane asks of core: {"id", "verb", "args"} -> {"id", "ok"} or {"id", "error"}.
+
+    CONFIGURE, then ATTACH for each device before its worker is forked, "device.ready" for all, BOOT. Events come
+    without an id as {"event", "properties"}: device.ready and device.failed {device, generation, reason}, vm.booting,
+    booted, paused, resumed, rebooting, rebooted, shutdown (the guest powered off), crashed {reason}.
+    Times are in ns of CLOCK_MONOTONIC. The user's terminal is deposited as `<device>/tty` (output) and
+    `<device>/tty-in`; the serial port's device is `__serial`.
+    """
 
     CONFIGURE = "configure"
     ATTACH = "attach"
@@ -80,7 +87,11 @@ class CoreVerb(StrEnum):
 
 
 class ToNursery(StrEnum):
-    """What the controlplane asks of the nursery (AF_UNIX SOCK_SEQPACKET, descriptors by SCM_RIGHTS)."""
+    """What the controlplane asks of the nursery (AF_UNIX SOCK_SEQPACKET, descriptors by SCM_RIGHTS).
+
+    SPAWN {device, generation, type, options, token, run_dir} -> SPAWNED {device, generation, pid} with a pidfd;
+    later EXITED {device, generation, pid, status}, status being "exit N" or "signal N".
+    """
 
     CATALOG = "catalog"
     SPAWN = "spawn"

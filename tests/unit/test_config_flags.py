@@ -63,7 +63,7 @@ def test_bare_rng_and_no_console(kernel: str) -> None:
     ("--memory size=1000T", "--memory: size=.* is outside"),
     ("--memory size=3000001K", "--memory: size=.* not a multiple"),
     ("--memory size=lots", "--memory: size=lots is not a size"),
-    ("--memory hugepage_size=2M", "hugepage_size=2097152 without hugepages"),
+    ("--memory hugepage_size=2M", "--memory: unknown key 'hugepage_size'"),
     ("--memory shared=off", "--memory: shared=off"),
     ("--initramfs /no/such", "--initramfs /no/such: No such file"),
     ("--initramfs /", "--initramfs /: not a file"),

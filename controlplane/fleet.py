@@ -1,11 +1,11 @@
 """The VM's workers: one incarnation per device and generation, from its start to the report of its end.
 
-    spawning --SPAWNED--> running --device.ready--> serving --+--> failed   died or gave up; the VM goes on
-        |                    |                                +--> ended    we asked for it
-        +--------------------+-------------- dead ------------+
+    spawning --SPAWNED--> running --device.ready--> serving --+--> dead --back-off--> the next generation
+        |                    |                                |     +-- budget spent --> failed (parked)
+        +---- never served: failed (a bad option, a lock) ----+--> ended    we asked for it
 
-Every way a worker can die ends in _lost(), the one place that decides what happens next: a failed device and
-an event. start() gives whoever follows the next generation; core drops what any other one says.
+Every way a worker can die ends in _lost(), the one place that decides what happens next (controlplane/
+recovery.py). start() gives whoever follows the next generation; core drops what any other one says.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import secrets
+import time
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -23,12 +23,13 @@ from cellvisor.controlplane.events import EventLog
 from cellvisor.controlplane.inventory import Device
 from cellvisor.controlplane.nurserylink import NurseryLink
 from cellvisor.controlplane.processes import describe_exit, kill_pidfd
+from cellvisor.controlplane.recovery import Budget, is_self_inflicted
 from cellvisor.core import log
-from cellvisor.core.errors import Conflict, TryAgain, UsageError
+from cellvisor.core.errors import CellvisorError, Conflict, NotFound, TryAgain, UsageError
 from cellvisor.core.wire.messages import CoreVerb
 
 READY_TIMEOUT = 60.0
-REPORT_DELAY = 0.5  # core's report of a death and the nursery's come one shortly after the other
+REPORT_DELAY = 0.05  # core's report of a death and the nursery's come one shortly after the other
 GAVE_UP = "its process ended"
 
 
@@ -36,6 +37,7 @@ class State(StrEnum):
     SPAWNING = "spawning"
     RUNNING = "running"
     SERVING = "serving"
+    DEAD = "dead"
     FAILED = "failed"
     ENDED = "ended"
 
@@ -53,6 +55,8 @@ class Incarnation:
     pidfd: int = -1
     reason: str = ""
     how: str = ""
+    status: int | None = None
+    served: bool = False
 
     @property
     def is_alive(self) -> bool:
@@ -72,18 +76,24 @@ class Fleet:
         self._core, self._nursery, self._events, self._run_dir = core, nursery, events, run_dir
         self._loop = asyncio.get_running_loop()
         self._latest: dict[str, Incarnation] = {}
+        self._budgets: dict[str, Budget] = {}
+        self._died_at: dict[str, float] = {}
+        self._restarts: set[asyncio.Task[None]] = set()
         self._stopping = False
 
     def latest(self) -> list[Incarnation]:
         """Return every device's latest incarnation, in slot order."""
         return sorted(self._latest.values(), key=lambda one: one.device.slot)
 
-    async def start(self, device: Device) -> Incarnation:
-        """Announce the next generation of `device` to core and fork it. Raises CellvisorError."""
+    async def start(self, device: Device, *, suspect: bool = False) -> Incarnation:
+        """Announce the next generation of `device` to core and fork it. Raises CellvisorError.
+
+        `suspect`: its predecessor killed itself, so requests that had begun are replayed one at a time.
+        """
         before = self._latest.get(device.id)
         if before is not None and before.is_alive:
             raise Conflict(f"{device.id}: generation {before.generation} is alive")
-        one = Incarnation(device, before.generation + 1 if before else 1, secrets.token_hex(16),
+        one = Incarnation(device, before.generation + 1 if before else 1, os.urandom(16).hex(),
                           self._loop.create_future())
         one.ready.add_done_callback(lambda ready: ready.cancelled() or ready.exception())  # may go unseen
         self._latest[device.id] = one
@@ -91,7 +101,7 @@ class Fleet:
                                  token=one.token, slot=device.slot, type=device.type)
         one.pid, one.pidfd = await self._nursery.spawn(
             device.id, one.generation, type=device.type, options=device.options, token=one.token,
-            run_dir=self._run_dir)
+            run_dir=self._run_dir, suspect=suspect)
         if one.state is State.SPAWNING:
             one.state = State.RUNNING
         return one
@@ -115,10 +125,14 @@ class Fleet:
         if one is None or properties.get("generation", one.generation) != one.generation or not one.is_alive:
             return
         if name == "device.ready":
-            one.state = State.SERVING
+            one.state, one.served = State.SERVING, True
             if not one.ready.done():
                 one.ready.set_result(None)
             self._events.emit("device.ready", device=one.device.id, generation=one.generation, pid=one.pid)
+            died = self._died_at.pop(one.device.id, None)
+            if died is not None:
+                self._events.emit("device.restarted", device=one.device.id, generation=one.generation,
+                                  pid=one.pid, ms=round((time.monotonic() - died) * 1000, 3))
         elif name == "device.failed":
             one.reason = str(properties.get("reason", ""))[:1000]
             self._loop.call_later(REPORT_DELAY, self._lost, one)
@@ -128,9 +142,10 @@ class Fleet:
         one = self._latest.get(device)
         if one is None or one.generation != generation:
             return
+        one.status = status
         one.how = describe_exit(status) if status not in (0, 1) else ""
-        # Both reports are on their way: core's says what the worker said, the nursery's how it ended.
-        if one.reason:
+        # Core's report, which is on its way, says what the worker said; only a failed start needs it.
+        if one.reason or one.served:
             self._lost(one)
         else:
             self._loop.call_later(REPORT_DELAY, self._lost, one)
@@ -147,14 +162,57 @@ class Fleet:
         if self._stopping:
             one.state = State.ENDED
             return
-        one.state = State.FAILED
         one.reason = f"{one.reason}: {one.how}" if one.reason and one.how else one.reason or one.how or GAVE_UP
-        # While the VM starts this ends it, and is its one error line.
-        log.get("fleet").log(40 if one.ready.done() else 20, "%s failed: %s", one.device.id, one.reason)
+        one.close()
+        delay = self._budget(one.device).next_delay(self._loop.time()) if one.served else None
+        if delay is None:
+            self._park(one)
+            return
+        one.state = State.DEAD
+        log.get("fleet").warning("%s/%d died: %s: starting its successor", one.device.id, one.generation, one.reason)
+        self._events.emit("device.died", device=one.device.id, generation=one.generation, pid=one.pid,
+                          reason=one.reason)
+        self._died_at.setdefault(one.device.id, time.monotonic())
+        task = self._loop.create_task(self._replace(one, delay))
+        self._restarts.add(task)
+        task.add_done_callback(self._restarts.discard)
+
+    async def _replace(self, dead: Incarnation, delay: float) -> None:
+        """Start the successor of `dead`; a start that fails counts as a death of its own."""
+        await asyncio.sleep(delay)
+        if self._stopping or self._latest.get(dead.device.id) is not dead:
+            return
+        try:
+            await self.start(dead.device, suspect=is_self_inflicted(dead.status))
+        except CellvisorError as error:
+            one = self._latest[dead.device.id]
+            one.reason = one.reason or str(error)
+            self._park(one)
+
+    def _park(self, one: Incarnation) -> None:
+        """Give up for now: what the guest asks of the device waits."""
+        one.state = State.FAILED
+        self._died_at.pop(one.device.id, None)
+        log.get("fleet").error("%s failed: %s", one.device.id, one.reason)
         self._events.emit("device.failed", device=one.device.id, generation=one.generation, pid=one.pid,
                           reason=one.reason)
         if not one.ready.done():
             one.ready.set_exception(UsageError(f"{one.device.id}: {one.reason}"))
+
+    def _budget(self, device: Device) -> Budget:
+        return self._budgets.setdefault(device.id, Budget())
+
+    async def revive(self, device_id: str) -> Incarnation:
+        """Start a parked device again, its budget refilled. Raises NotFound, Conflict, UsageError."""
+        one = self._latest.get(device_id)
+        if one is None:
+            raise NotFound(f"no device {device_id!r}", hint="see `cellvisor devices`")
+        if one.state is not State.FAILED:
+            raise Conflict(f"{device_id}: is {one.state}, not failed", hint="only a failed device is restarted")
+        self._budget(one.device).refill()
+        revived = await self.start(one.device)
+        await asyncio.wait_for(revived.ready, READY_TIMEOUT)
+        return revived
 
     # ---- the end
 

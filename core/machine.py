@@ -67,13 +67,15 @@ class Machine:
         """Make RAM and the board. Raises UsageError for what the host cannot give."""
         if self.config is not None:
             raise Conflict("the VM is configured already")
+        layout.check_ram_size(config.memory, self.kvm.phys_bits)
         for flag, path in (("--kernel", config.kernel), ("--initramfs", config.initramfs)):
             if path and not Path(path).exists():
                 raise UsageError(f"{flag}: {path} does not exist")
         self.ram = GuestRam(config.memory, prefault=config.prefault, hugepages=config.hugepages, thp=config.thp)
         self._table = RangeTable.create()
         self._table.publish(self.ram.ranges)
-        self.platform = Platform(self._server, self.lock, config, self._guest_reset, self._guest_shutdown)
+        self.platform = Platform(self._server, self.lock, config, self.kvm.phys_bits, self._guest_reset,
+                                 self._guest_shutdown)
         self.config = config
 
     def serial_path(self) -> str:
@@ -167,6 +169,7 @@ class Machine:
                                          mmio64=platform.mmio64, com1=platform.serial is not None))
         entry = load(self.ram, BootConfig(
             kernel=Path(config.kernel), ram_size=config.memory, cmdline=config.cmdline,
+            phys_bits=self.kvm.phys_bits,
             initramfs=Path(config.initramfs) if config.initramfs else None))
         self.ram.write(layout.ACPI_TABLES, tables)
         vm = self._vm = Vm(self.kvm)
@@ -174,6 +177,7 @@ class Machine:
             vm.add_memory(gpa, size, self.ram.host + offset)
         with self.lock:
             platform.bind(vm)
+            platform.pci.power_on()
         exits = Exits(platform, self._server.post, self.vcpu_ended)
         self.vcpus = [Vcpu(vm, index, config.boot_vcpus, platform.board, exits)
                       for index in range(config.boot_vcpus)]

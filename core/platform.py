@@ -80,7 +80,7 @@ class ConfigPorts:
 class Platform:
     """Ports, MMIO, PCI and the interrupt lines of one machine; survives its resets."""
 
-    def __init__(self, server: Server, lock: threading.RLock, config: MachineConfig,
+    def __init__(self, server: Server, lock: threading.RLock, config: MachineConfig, phys_bits: int,
                  on_reset: Callable[[], None], on_shutdown: Callable[[], None]) -> None:
         self.lock = lock
         self.vm: Vm | None = None
@@ -98,7 +98,7 @@ class Platform:
         self.intx = IntxLines(self._irq_line)
         self.ports = Ports(self.doorbells, self.msi, self.intx, Calls(server, self.lock), self.windows)
         self.ged = Ged(lambda level: self._irq_line(layout.GSI_GED, level))
-        self.mmio64 = layout.mmio64_window(config.memory)
+        self.mmio64 = layout.mmio64_window(config.memory, phys_bits)
         self.pci = PciRoot(BoardShadow(self.board), window64=self.mmio64)
         self.serial: SerialLine | None = None
         if config.serial_mode != "off":

@@ -1,6 +1,7 @@
 /* KVM calls with fixed arguments: a variadic ioctl through cffi would pass garbage for a missing one. */
 #include "vcpu.h"
 
+#include <cpuid.h>
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
@@ -259,6 +260,13 @@ int cv_vcpu_set_defaults(int fd, int boot)
     word = APIC_MODE_NMI;
     memcpy(lapic.regs + APIC_LVT1, &word, sizeof(word));
     return cv_ioctl(fd, KVM_SET_LAPIC, (unsigned long)&lapic);
+}
+
+uint32_t cv_phys_bits(void)
+{
+    uint32_t eax, ebx, ecx, edx;
+
+    return __get_cpuid(0x80000008, &eax, &ebx, &ecx, &edx) ? eax & 0xff : 36;
 }
 
 int cv_vcpu_get_rip(int fd, uint64_t *rip, uint64_t *cr3)

@@ -98,5 +98,7 @@ int cv_vcpu_set_cpuid(int kvm, int fd, uint32_t apic_id, uint32_t vcpus, uint32_
 int cv_vcpu_set_entry(int fd, int kind, uint64_t rip, uint64_t boot_params, uint64_t page_tables, uint64_t gdt,
                       uint64_t stack);
 int cv_vcpu_set_defaults(int fd, int boot);
+/* Guest-physical address bits of this host (CPUID 80000008H), 36 if it does not tell. */
+uint32_t cv_phys_bits(void);
 int cv_vcpu_get_rip(int fd, uint64_t *rip, uint64_t *cr3);
 #endif

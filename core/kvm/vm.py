@@ -42,6 +42,7 @@ class Kvm:
         for name in ("KVM_CAP_IMMEDIATE_EXIT", "KVM_CAP_IOEVENTFD_ANY_LENGTH"):
             if not self.extension(getattr(lib, name)):
                 raise UsageError(f"{path}: lacks {name}", hint="Linux 4.13 or newer has it")
+        self.phys_bits = min(int(lib.cv_phys_bits()), layout.DEFAULT_PHYS_BITS)
         self.tsc_deadline = bool(self.extension(lib.KVM_CAP_TSC_DEADLINE_TIMER))
 
     def extension(self, number: int) -> int:

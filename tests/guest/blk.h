@@ -24,8 +24,8 @@
 #define BLK_F_DISCARD (1ull << 13)
 #define BLK_F_WRITE_ZEROES (1ull << 14)
 #define BLK_F_SEG_MAX (1ull << 2)
-#define BLK_F_ALL (BLK_F_RO | BLK_F_BLK_SIZE | BLK_F_FLUSH | BLK_F_TOPOLOGY | BLK_F_CONFIG_WCE | BLK_F_MQ | BLK_F_DISCARD \
-                   | BLK_F_WRITE_ZEROES | BLK_F_SEG_MAX)
+#define BLK_F_ALL (BLK_F_RO | BLK_F_BLK_SIZE | BLK_F_FLUSH | BLK_F_TOPOLOGY | BLK_F_CONFIG_WCE | BLK_F_MQ \
+                   | BLK_F_DISCARD | BLK_F_WRITE_ZEROES | BLK_F_SEG_MAX)
 
 struct blk {
     struct virtio virtio;

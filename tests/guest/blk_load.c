@@ -34,7 +34,8 @@ static struct blk blk;
 static uint64_t pick(struct load *load)
 {
     for (;;) {
-        uint64_t block = load->sequential ? load->next_block++ % load->blocks : random_next(&load->state) % load->blocks;
+        uint64_t block = load->sequential ? load->next_block++ % load->blocks
+                                          : random_next(&load->state) % load->blocks;
         if (load->bench || !load->busy[block])
             return block;
     }
@@ -73,8 +74,8 @@ static void check_block(struct load *load, uint64_t block, const void *data)
     if (!entry->version)
         return;
     require(crc32(0, data, load->size) == entry->crc,
-            "corrupt: block %lu holds block %lu version %lu seed %lu, expected version %u seed %lu", load->first + block,
-            words[0], words[1], words[2], entry->version, load->seed);
+            "corrupt: block %lu holds block %lu version %lu seed %lu, expected version %u seed %lu",
+            load->first + block, words[0], words[1], words[2], entry->version, load->seed);
 }
 
 static void complete(struct load *load, struct slot *slot)
@@ -247,7 +248,8 @@ static void run_load(bool bench, bool dry)
     struct load *loads = allocate(queues * sizeof *loads, 64);
     for (unsigned i = 0; i < queues; i++)
         prepare_load(&loads[i], i, queues, span / size, bench);
-    print("queues=%u\ndepth=%u\nbs=%lu\nspan=%lu\nfeatures=0x%lx\n", queues, loads[0].depth, size, span, blk.virtio.features);
+    print("queues=%u\ndepth=%u\nbs=%lu\nspan=%lu\nfeatures=0x%lx\n", queues, loads[0].depth, size, span,
+          blk.virtio.features);
     uint64_t begin = rdtsc(), duration = param_number("duration_ms", 0);
     for (unsigned i = 0; i < queues; i++)
         loads[i].deadline = duration ? begin + ns_to_tsc(duration * 1000000) : 0;

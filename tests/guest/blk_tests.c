@@ -16,7 +16,8 @@ static void open(void)
 
 static void expect(const char *what, uint8_t status, uint8_t expected)
 {
-    print("%s=%s\n", what, status == BLK_OK ? "ok" : status == BLK_IOERR ? "ioerr" : status == BLK_UNSUPP ? "unsupp" : "none");
+    static const char *const names[] = {"ok", "ioerr", "unsupp"};
+    print("%s=%s\n", what, status < ARRAY_SIZE(names) ? names[status] : "none");
     require(status == expected, "%s: status 0x%x, expected 0x%x", what, status, expected);
 }
 
@@ -49,7 +50,8 @@ static void zeroes(uint32_t type, uint64_t first, const char *name, uint32_t fla
         require(!copy[i], "%s: byte %u is 0x%x", name, i, copy[i]);
 }
 
-static void bad_range(uint32_t type, const char *name, uint64_t sector, uint32_t sectors, uint32_t flags, uint8_t expected)
+static void bad_range(uint32_t type, const char *name, uint64_t sector, uint32_t sectors, uint32_t flags,
+                      uint8_t expected)
 {
     struct blk_range *range = (void *)copy;
     *range = (struct blk_range){sector, sectors, flags};
@@ -141,8 +143,8 @@ static void move_bar(struct virtio *virtio, struct bar *bar, uint64_t to)
     bar->address = to;
     pci_restore(pci);
     map_range(to, bar->size);
-    uint64_t *places[] = {&virtio->common, &virtio->isr, &virtio->config, &virtio->notify, &virtio->msix_table, &virtio->msix_pba,
-                          &virtio->queues[0].notify};
+    uint64_t *places[] = {&virtio->common, &virtio->isr, &virtio->config, &virtio->notify, &virtio->msix_table,
+                          &virtio->msix_pba, &virtio->queues[0].notify};
     for (unsigned i = 0; i < ARRAY_SIZE(places); i++)
         if (*places[i] >= from && *places[i] < from + bar->size)
             *places[i] += by;

@@ -11,11 +11,12 @@ void test_boot(void)
     memcpy(vendor, &id[1], 4);
     memcpy(vendor + 4, &id[3], 4);
     memcpy(vendor + 8, &id[2], 4);
-    print("cpu.vendor=%s\ncpu.apic_id=%u\nclock=%s\ntsc_khz=%lu\n", vendor, lapic_id(), clock_source(), ns_to_tsc(1000000));
+    print("cpu.vendor=%s\ncpu.apic_id=%u\nclock=%s\ntsc_khz=%lu\n", vendor, lapic_id(), clock_source(),
+          ns_to_tsc(1000000));
     memory_report();
     print("cmdline=%s\n", boot_cmdline());
-    print("acpi.rsdp=0x%lx\nacpi.ecam=0x%lx\nacpi.cpus=%u\nacpi.hw_reduced=%u\nacpi.pm_timer=0x%x\nacpi.tables=", acpi.rsdp,
-          acpi.ecam, acpi.cpu_count, acpi.hw_reduced, acpi.pm_timer);
+    print("acpi.rsdp=0x%lx\nacpi.ecam=0x%lx\nacpi.cpus=%u\nacpi.hw_reduced=%u\nacpi.pm_timer=0x%x\nacpi.tables=",
+          acpi.rsdp, acpi.ecam, acpi.cpu_count, acpi.hw_reduced, acpi.pm_timer);
     for (unsigned i = 0; i < acpi.table_count; i++)
         print("%s%s", i ? "," : "", acpi.tables[i]);
     print("\n");
@@ -23,7 +24,8 @@ void test_boot(void)
     while (irq_count[VECTOR_TIMER] < ticks + 2 && now_ns() < deadline)
         halt(irq_total);
     require(irq_count[VECTOR_TIMER] >= ticks + 2, "the local APIC timer does not tick");
-    require(!param("ram", NULL) || param_number("ram", 0) == ram_total(), "the memory map has %lu bytes of RAM", ram_total());
+    require(!param("ram", NULL) || param_number("ram", 0) == ram_total(), "the memory map has %lu bytes of RAM",
+            ram_total());
 }
 
 static volatile uint64_t turns[MAX_CPUS];
@@ -53,8 +55,8 @@ void test_pci(void)
     pci_init();
     for (unsigned i = 0; i < pci_count(); i++) {
         struct pci *pci = pci_at(i);
-        print("pci.%u.%u=%x:%x class %x subsystem %x pin %u gsi %u\n", pci->slot, pci->function, pci->vendor, pci->device,
-              pci->class, pci->subsystem, pci->interrupt_pin, pci_gsi(pci));
+        print("pci.%u.%u=%x:%x class %x subsystem %x pin %u gsi %u\n", pci->slot, pci->function, pci->vendor,
+              pci->device, pci->class, pci->subsystem, pci->interrupt_pin, pci_gsi(pci));
         if (pci->vendor == 0x1af4)
             pci_enable(pci);
         for (unsigned bar = 0; bar < 6; bar++)

@@ -54,7 +54,11 @@ void clock_init(void)
         from_pm_timer();
 }
 
-uint64_t tsc_to_ns(uint64_t ticks) { return ticks / ticks_per_ms * 1000000 + ticks % ticks_per_ms * 1000000 / ticks_per_ms; }
+uint64_t tsc_to_ns(uint64_t ticks)
+{
+    return ticks / ticks_per_ms * 1000000 + ticks % ticks_per_ms * 1000000 / ticks_per_ms;
+}
+
 uint64_t ns_to_tsc(uint64_t ns) { return ns / 1000000 * ticks_per_ms + ns % 1000000 * ticks_per_ms / 1000000; }
 uint64_t now_ns(void) { return tsc_to_ns(rdtsc() - tsc_zero); }
 

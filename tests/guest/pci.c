@@ -162,5 +162,7 @@ unsigned pci_gsi(const struct pci *pci)
     if (param("gsi", NULL))
         return (unsigned)param_number("gsi", 0);
     uint32_t bridge = (uint32_t)pci_raw_read(use_ecam, 0, 0, 0, 4);
-    return bridge == HOST_BRIDGE_OWN ? 5 + pci->slot % 8 : bridge == HOST_BRIDGE_Q35 ? 20 + pci->slot % 4 : pci->interrupt_line;
+    if (bridge == HOST_BRIDGE_OWN)
+        return 5 + pci->slot % 8;
+    return bridge == HOST_BRIDGE_Q35 ? 20 + pci->slot % 4 : pci->interrupt_line;
 }

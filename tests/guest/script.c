@@ -34,8 +34,8 @@ static uint64_t *variable(const char *name)
     for (unsigned i = 0; i < variable_count; i++)
         if (same(variables[i].name, name))
             return &variables[i].value;
-    require(variable_count < ARRAY_SIZE(variables) && strlen(name) < sizeof variables[0].name, "script line %u: %s does not fit",
-            line_number, name);
+    require(variable_count < ARRAY_SIZE(variables) && strlen(name) < sizeof variables[0].name,
+            "script line %u: %s does not fit", line_number, name);
     memcpy(variables[variable_count].name, name, strlen(name) + 1);
     return &variables[variable_count++].value;
 }
@@ -155,7 +155,8 @@ static void command(const char *name)
         *variable("last") &= value();
     } else if (same(name, "expect") || same(name, "unlike")) {
         uint64_t wanted = value(), last = *variable("last");
-        require((last == wanted) == same(name, "expect"), "script line %u: %s 0x%lx, saw 0x%lx", line_number, name, wanted, last);
+        require((last == wanted) == same(name, "expect"), "script line %u: %s 0x%lx, saw 0x%lx", line_number, name,
+                wanted, last);
     } else if (same(name, "sleep")) {
         delay_us(value());
     } else if (same(name, "irqwait")) {

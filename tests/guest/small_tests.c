@@ -38,8 +38,8 @@ void test_rng(void)
         got += length;
     }
     print("bytes=%lu\nones_permille=%lu\nirqs=%lu\n", got, ones * 1000 / (got * 8), device_irqs(&rng));
-    require(ones * 1000 / (got * 8) > 430 && ones * 1000 / (got * 8) < 570 && !same_words, "not random: %lu of %lu bits set",
-            ones, got * 8);
+    require(ones * 1000 / (got * 8) > 430 && ones * 1000 / (got * 8) < 570 && !same_words,
+            "not random: %lu of %lu bits set", ones, got * 8);
 }
 
 /* test=console: write `text=` (underscores are spaces), then echo `lines=` lines of input back upper-cased. */

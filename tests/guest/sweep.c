@@ -16,9 +16,21 @@ static void touch(uint64_t address, bool writing)
     }
 }
 
-static void sweep_bar(const struct bar *bar, uint64_t dense, bool writing)
+/* Whether a page holds the begin of one of the device's structures. */
+static bool inhabited(const struct virtio *virtio, uint64_t page)
+{
+    const uint64_t places[] = {virtio->common, virtio->isr, virtio->config, virtio->notify, virtio->msix_table,
+                               virtio->msix_pba};
+    for (unsigned i = 0; i < ARRAY_SIZE(places); i++)
+        if ((places[i] & ~(PAGE - 1)) == page)
+            return true;
+    return false;
+}
+
+static void sweep_bar(const struct virtio *virtio, const struct bar *bar, uint64_t most, bool writing)
 {
     for (uint64_t page = 0; page < bar->size; page += PAGE) {
+        uint64_t dense = inhabited(virtio, bar->address + page) ? most : 2;
         uint64_t size = bar->size - page < PAGE ? bar->size - page : PAGE;
         for (uint64_t offset = 0; offset < size; offset++) {
             if (offset == dense && size > dense + 8)
@@ -33,8 +45,17 @@ static bool wanted(const struct pci *pci)
     return pci->vendor == 0x1af4 && (!param("slot", NULL) || param_number("slot", 0) == pci->slot);
 }
 
-/* test=sweep: all BARs of `slot=` (default: every virtio function); the first `dense=` bytes (default 64) and the last 8
-   of each page at every offset; `write=0` only reads. Each device is reset afterwards. */
+/* The virtio device that `pci` is. */
+static void find(struct virtio *virtio, const struct pci *pci)
+{
+    for (unsigned which = 0; virtio_find(virtio, pci->device - 0x1040u, which); which++)
+        if (virtio->pci == pci)
+            return;
+    fail("slot %u is no modern virtio device", pci->slot);
+}
+
+/* test=sweep: all BARs of `slot=` (default: every virtio function). Of each page the first 2 bytes, or `dense=` (64)
+   where a structure begins, and the last 8, at every offset; `write=0` only reads. Each device is reset after it. */
 void test_sweep(void)
 {
     struct virtio virtio;
@@ -44,14 +65,12 @@ void test_sweep(void)
         struct pci *pci = pci_at(i);
         if (!wanted(pci))
             continue;
-        pci_enable(pci);
         uint64_t before = accesses;
+        find(&virtio, pci);
         for (unsigned bar = 0; bar < 6; bar++)
             if (pci->bars[bar].size && !pci->bars[bar].io)
-                sweep_bar(&pci->bars[bar], param_number("dense", 64), writing);
-        for (unsigned which = 0; virtio_find(&virtio, pci->device - 0x1040u, which); which++)
-            if (virtio.pci == pci)
-                virtio_reset(&virtio);
+                sweep_bar(&virtio, &pci->bars[bar], param_number("dense", 64), writing);
+        virtio_reset(&virtio);
         print("sweep.%u=%lu\n", pci->slot, accesses - before);
     }
     require(accesses, "no function to sweep");
@@ -119,10 +138,12 @@ static bool skipped(unsigned port, unsigned size)
     return false;
 }
 
-/* test=portsweep: `from=`..`to=` by `step=`; all sizes read, and with write=1 written. `all=1` reads the dangerous too. */
+/* test=portsweep: `from=`..`to=` by `step=`; all sizes read, and with write=1 written. `all=1` reads the
+   dangerous ones too. */
 void test_portsweep(void)
 {
-    uint64_t from = param_number("from", 0), to = param_number("to", 0xffff), step = param_number("step", 1), answering = 0;
+    uint64_t from = param_number("from", 0), to = param_number("to", 0xffff), step = param_number("step", 1);
+    uint64_t answering = 0;
     bool writing = param_number("write", 0), all = param_number("all", 0);
     require(step, "step=0");
     for (uint64_t port = from; port <= to; port += step)

@@ -13,8 +13,10 @@ static void read_capability(struct virtio *device, unsigned at)
     uint32_t offset = (uint32_t)pci_read(pci, at + 8, 4), size = (uint32_t)pci_read(pci, at + 12, 4);
     if (type < CAP_COMMON || type > CAP_DEVICE)
         return;
-    require(bar < 6 && pci->bars[bar].size && !pci->bars[bar].io, "slot %u: capability %u names bar %u", pci->slot, type, bar);
-    require((uint64_t)offset + size <= pci->bars[bar].size, "slot %u: capability %u ends outside its bar", pci->slot, type);
+    require(bar < 6 && pci->bars[bar].size && !pci->bars[bar].io, "slot %u: capability %u names bar %u", pci->slot,
+            type, bar);
+    require((uint64_t)offset + size <= pci->bars[bar].size, "slot %u: capability %u ends outside its bar", pci->slot,
+            type);
     uint64_t address = pci->bars[bar].address + offset;
     if (type == CAP_COMMON && !device->common)
         device->common = address, device->common_size = size;
@@ -55,7 +57,9 @@ bool virtio_find(struct virtio *device, unsigned type, unsigned which)
             read_capability(device, at);
         require(device->common && device->notify && device->isr, "slot %u lacks a virtio capability", pci->slot);
         read_msix(device);
-        device->irq = param_is("irq", "poll") ? IRQ_POLL : param_is("irq", "intx") || !device->msix_size ? IRQ_INTX : IRQ_MSIX;
+        device->irq = param_is("irq", "intx") || !device->msix_size ? IRQ_INTX : IRQ_MSIX;
+        if (param_is("irq", "poll"))
+            device->irq = IRQ_POLL;
         return true;
     }
     return false;
@@ -104,7 +108,8 @@ void virtio_negotiate(struct virtio *device, uint64_t wanted)
     bus_write(device->common + C_DRIVER_FEATURE_SELECT, 4, 1);
     bus_write(device->common + C_DRIVER_FEATURE, 4, device->features >> 32);
     bus_write(device->common + C_STATUS, 1, STATUS_ACKNOWLEDGE | STATUS_DRIVER | STATUS_FEATURES_OK);
-    require(virtio_status(device) & STATUS_FEATURES_OK, "slot %u refused features 0x%lx", device->pci->slot, device->features);
+    require(virtio_status(device) & STATUS_FEATURES_OK, "slot %u refused features 0x%lx", device->pci->slot,
+            device->features);
 }
 
 void msix_set(struct virtio *device, unsigned entry, unsigned vector, unsigned apic_id, bool masked)

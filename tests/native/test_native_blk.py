@@ -27,8 +27,8 @@ def test_deep_queue_and_large_blocks(vm: Vm, disk: Path) -> None:
 
 
 def test_data_outlives_the_vm(vm: Vm, disk: Path) -> None:
-    load = "count=200 depth=1 span=2M seed=9"
-    written = vm(f"test=blk-write {load} flush=199", disks=[disk]).check()
+    load = "count=200 depth=1 span=2M seed=9 flush=50"
+    written = vm(f"test=blk-write {load}", disks=[disk]).check()
     again = vm(f"test=blk-verify {load}", disks=[disk]).check()
     assert again.number("verified.0") == written.number("verified.0") > 100
     assert any(disk.read_bytes()[:2 << 20])

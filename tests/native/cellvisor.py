@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -33,7 +34,8 @@ def start_cellvisor(cmdline: str, where: Path, *, disks: Sequence[Path | str] = 
 def runtime_dir(where: Path) -> str:
     """Return the run directory that VMs started in `where` use: short, for socket paths end at 107 bytes."""
     link = where / "run"
-    if not link.is_symlink():
+    if not link.is_symlink() or not link.exists():
+        link.unlink(missing_ok=True)
         link.symlink_to(tempfile.mkdtemp(prefix="cv-"))
     return os.readlink(link)
 
@@ -44,4 +46,10 @@ def run_cellvisor(cmdline: str, where: Path, *, timeout: float = 120.0, disks: S
     """Run the guest to its end and return what it said."""
     with start_cellvisor(cmdline, where, disks=disks, extra=extra, initramfs=initramfs, cpus=cpus, memory=memory,
                          console=console) as running:
-        return running.finish(timeout)
+        said = running.finish(timeout)
+    with contextlib.suppress(OSError):  # another VM of this directory may still run
+        place = runtime_dir(where)
+        for path in (os.path.join(place, "cellvisor"), place):
+            os.rmdir(path)
+        (where / "run").unlink()
+    return said

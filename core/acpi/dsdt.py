@@ -6,7 +6,7 @@ ACPI 6.5, 5.6.9 (GED), 6.2.13 (_PRT), 7.4.2 (_Sx); PCI Firmware 3.3, 4.5 and 4.6
 from __future__ import annotations
 
 from cellvisor.core.abi import acpi as abi
-from cellvisor.core.acpi import aml, resources
+from cellvisor.core.acpi import aml, hotplug, resources
 from cellvisor.core.acpi.aml import ARG, LOCAL, device, if_, method, name, ref
 from cellvisor.core.acpi.config import AcpiConfig
 from cellvisor.core.mem import layout
@@ -19,7 +19,8 @@ PCI_CONFIG_PORTS = 8
 def dsdt_body(config: AcpiConfig) -> bytes:
     """Return the AML of the DSDT, without its table header."""
     devices = [
-        _root_bridge(config), _reserved(), _rtc(), _power_button(), _event_device(), _processors(config),
+        hotplug.pci_controller(), _root_bridge(config), _reserved(), _rtc(), _power_button(), _event_device(),
+        _processors(config),
     ]
     if config.com1:
         devices.append(_com1())
@@ -53,6 +54,7 @@ def _root_bridge(config: AcpiConfig) -> bytes:
         name("_PRT", aml.package(*routing)),
         _host_bridge_osc(),
         _host_bridge_dsm(),
+        hotplug.bridge_slots(),
     )
 
 
@@ -137,6 +139,7 @@ def _power_button() -> bytes:
 
 def _event_device() -> bytes:
     handlers = [
+        if_(aml.and_(LOCAL[0], abi.EVENT_PCI), aml.call("\\_SB.PHPR.PSCN")),
         if_(aml.and_(LOCAL[0], abi.EVENT_POWER_BUTTON), aml.notify("\\_SB.PWRB", abi.NOTIFY_POWER_BUTTON)),
     ]
     # A read takes the events seen so far; what comes meanwhile is found by the next turn.

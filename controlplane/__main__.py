@@ -62,12 +62,17 @@ def _run(argv: list[str], programs: processes.Programs, pending: list[int], bega
         stack.callback(claimed.remove)
         terminal = Terminal()
         stack.callback(terminal.restore)
-        token = os.urandom(16).hex()
-        core = processes.start_core(programs, claimed, token, *logging)
-        stack.callback(_put_down, core)
-        claimed.note(core=core.pid)
-        nursery = processes.start_nursery(programs, claimed, core, *logging)
-        stack.callback(_put_down, nursery)
+
+        def launch() -> tuple[str, processes.Child, processes.Child]:
+            token = os.urandom(16).hex()
+            core = processes.start_core(programs, claimed, token, *logging)
+            stack.callback(_put_down, core)
+            claimed.note(core=core.pid)
+            nursery = processes.start_nursery(programs, claimed, core, *logging)
+            stack.callback(_put_down, nursery)
+            return token, core, nursery
+
+        token, core, nursery = launch()
 
         import asyncio
 
@@ -76,7 +81,7 @@ def _run(argv: list[str], programs: processes.Programs, pending: list[int], bega
         from cellvisor.controlplane.supervisor import Ending, Supervisor
 
         async def supervise() -> Ending:
-            return await Supervisor(flags, claimed, token, core, nursery, terminal, began).run(pending)
+            return await Supervisor(flags, claimed, token, core, nursery, terminal, began, launch).run(pending)
 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             ending = runner.run(supervise())

@@ -7,21 +7,26 @@ nursery has described its types. Parsing imports nothing slow: core is started r
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import dataclass
 from typing import NoReturn
 
 from cellvisor.controlplane import config
 from cellvisor.controlplane.config import Cpus, Memory, Payload, Serial
 from cellvisor.controlplane.inventory import Wanted
+from cellvisor.controlplane.vmconfig import Order
 from cellvisor.core.errors import UsageError
 from cellvisor.core.wire.options import build, describe, parse_kv
-from cellvisor.core.wire.places import check_name
+from cellvisor.core.wire.places import MAX_SOCKET_PATH, check_name
 
 LATER = (
     "balloon", "debug-console", "device", "firmware", "fs", "generic-vhost-user", "gdb", "landlock",
     "landlock-rules", "memory-zone", "net", "numa", "pci-segment", "platform", "pmem", "pvpanic",
     "rate-limit-group", "restore", "rtc", "seccomp", "tpm", "user-device", "vdpa", "vsock", "watchdog",
 )
+
+SHAPING = ("--cpus", "--memory", "--disk", "--rng", "--console", "--serial", "--device-type", "--initramfs",
+           "--cmdline")  # what makes no sense without a kernel
 
 _EXAMPLE = """example:
   cellvisor run --kernel vmlinuz --initramfs initrd.img --cmdline "console=hvc0 root=/dev/vda1" \\
@@ -36,7 +41,7 @@ exit status: 0 the guest powered off, or `cellvisor shutdown`; 1 the VM failed; 
 class RunFlags:
     """The checked command line."""
 
-    payload: Payload
+    payload: Payload | None
     cpus: Cpus
     memory: Memory
     serial: Serial
@@ -46,6 +51,14 @@ class RunFlags:
     log_file: str | None = None
     event_monitor: str | None = None
     report: str | None = None
+    api_socket: str | None = None
+
+    @property
+    def order(self) -> Order | None:
+        """Return what is to be booted at once, None for a process that waits for vm.create."""
+        if self.payload is None:
+            return None
+        return Order(self.payload, self.cpus, self.memory, self.serial, self.wanted)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -60,24 +73,27 @@ def parse(argv: list[str]) -> RunFlags:
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         raise _unknown(unknown[0], parser)
-    if given.api_socket is not None:
-        raise UsageError(f"--api-socket {given.api_socket}: not supported yet",
-                         hint="every VM answers in its run directory, see cellvisor ls")
+    api_socket = None if given.api_socket is None else _api_socket(given.api_socket)
     if not given.kernel:
-        raise UsageError("--kernel is missing", hint="give a bzImage or an uncompressed vmlinux")
+        shaping = next((flag for flag in SHAPING if _was_given(argv, flag)), None)
+        if api_socket is None or shaping is not None:
+            raise UsageError("--kernel is missing" + (f": {shaping} needs it" if shaping and api_socket else ""),
+                             hint="give a bzImage or an uncompressed vmlinux" if api_socket is None else
+                             "or give --api-socket alone, and the VM by vm.create")
     cpus = build(Cpus, parse_kv(given.cpus, describe(Cpus), "--cpus"), "--cpus")
     memory = build(Memory, parse_kv(given.memory, describe(Memory), "--memory"), "--memory")
     return RunFlags(
-        payload=config.check_payload(Payload(given.kernel, given.initramfs, given.cmdline)),
+        payload=config.check_payload(Payload(given.kernel, given.initramfs, given.cmdline)) if given.kernel else None,
         cpus=config.check_cpus(cpus),
         memory=config.check_memory(memory),
         serial=Serial.from_text(given.serial),
-        wanted=_wanted(given),
+        wanted=_wanted(given) if given.kernel else (),
         name=None if given.name is None else check_name(given.name),
         verbosity=given.verbose,
         log_file=given.log_file,
         event_monitor=_event_monitor(given.event_monitor),
         report=given.report,
+        api_socket=api_socket,
     )
 
 
@@ -101,7 +117,8 @@ def _make_parser() -> _Parser:
     add("--device-type", metavar="NAME,key=value", nargs="+", action="append", default=[],
         help="devices of any type in the catalog")
     add("--name", help="name of the VM (the first free of vm0, vm1, ...)")
-    add("--api-socket", metavar="PATH", help="HTTP socket (not supported yet)")
+    add("--api-socket", metavar="PATH",
+        help="serve Cloud Hypervisor's HTTP API: PATH, path=PATH or fd=N; without --kernel wait for vm.create")
     add("--event-monitor", metavar="path=P|fd=N", help="write every event as a JSON record")
     add("--log-file", metavar="PATH", help="collect the log of all processes of the VM")
     add("--report", metavar="PATH", help="at the end write processes, memory and boot stages as JSON")
@@ -150,3 +167,21 @@ def _event_monitor(text: str | None) -> str | None:
     if key == "fd" and value.isdecimal():
         return f"/proc/self/fd/{value}"
     raise UsageError(f"--event-monitor {text[:80]!r}", hint="write path=FILE or fd=NUMBER")
+
+
+def _was_given(argv: list[str], flag: str) -> bool:
+    return any(word == flag or word.startswith(flag + "=") for word in argv)
+
+
+def _api_socket(text: str) -> str:
+    """Return an absolute path, or "fd=N" for an inherited listening socket."""
+    key, equals, value = text.partition("=")
+    if key == "fd" and value.isdecimal():
+        return text
+    path = value if key == "path" else text
+    if not path or (equals and key == "fd"):
+        raise UsageError(f"--api-socket {text[:80]!r}", hint="write PATH, path=PATH or fd=NUMBER")
+    if len(os.fsencode(os.path.abspath(path))) > MAX_SOCKET_PATH:
+        raise UsageError(f"--api-socket {path[:80]}: socket paths have at most {MAX_SOCKET_PATH} bytes",
+                         hint="choose a shorter one")
+    return os.path.abspath(path)

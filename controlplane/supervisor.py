@@ -1,9 +1,9 @@
 """One VM from start to end: core and nursery up, devices attached and ready, boot, and a clean way out.
 
-    created --boot--> running <--pause/resume--> paused
-       |                 |                          |
-       +--- refused -----+--- power-off, crash, ----+--> shutdown: workers, nursery, core, sockets, all gone
-                              signal, shutdown verb
+    empty --create--> created --boot--> running <--pause/resume--> paused
+      ^                | ^                 |                          |
+      +---- delete ----+ +-- vm shutdown --+--- power-off, crash, ----+--> shutdown: workers, nursery, core, sockets,
+                             (renew)            signal, vmm shutdown       all gone
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,18 +21,19 @@ import zmq.asyncio
 
 from cellvisor.controlplane import report
 from cellvisor.controlplane.api import Api
-from cellvisor.controlplane.config import VmConfig
+from cellvisor.controlplane.config import Payload, VmConfig
 from cellvisor.controlplane.consoles import Consoles
 from cellvisor.controlplane.corelink import CoreLink
 from cellvisor.controlplane.events import EventLog, Monitor
 from cellvisor.controlplane.flags import RunFlags
 from cellvisor.controlplane.fleet import Fleet, settle, wait_pidfd
-from cellvisor.controlplane.inventory import Inventory
+from cellvisor.controlplane.inventory import Catalog, Inventory
 from cellvisor.controlplane.nurserylink import NurseryLink
 from cellvisor.controlplane.processes import Child, describe_exit
 from cellvisor.controlplane.rundir import RunDir
 from cellvisor.controlplane.terminal import Terminal
 from cellvisor.controlplane.verbs import Verbs
+from cellvisor.controlplane.vmconfig import Order
 from cellvisor.core import log
 from cellvisor.core.errors import CellvisorError, Internal
 from cellvisor.core.wire import places
@@ -39,6 +41,7 @@ from cellvisor.core.wire.messages import CoreVerb
 
 CORE_TIMEOUT = 60.0  # loading a big kernel and prefaulting guest RAM take their time
 END_TIMEOUT = 5.0
+Launch = Callable[[], tuple[str, Child, Child]]  # a new token, core and nursery
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -54,11 +57,13 @@ class Supervisor:
     """Runs one VM; whatever happens in run(), nothing of the VM is left when it returns."""
 
     def __init__(self, flags: RunFlags, rundir: RunDir, token: str, core: Child, nursery: Child,
-                 terminal: Terminal, began: int) -> None:
+                 terminal: Terminal, began: int, launch: Launch | None = None) -> None:
         self.flags, self.rundir, self.terminal = flags, rundir, terminal
         self.core_child, self.nursery_child = core, nursery
-        self.state = "Created"
-        self.config = VmConfig(flags.cpus, flags.memory, flags.payload, flags.serial)
+        self.state = "Empty"
+        self.booting = False
+        self.config = VmConfig(flags.cpus, flags.memory, flags.payload or Payload(""), flags.serial)
+        self.inventory = Inventory(Catalog())
         self.began = began
         self.stages = report.Stages(began)
         self.events = EventLog()
@@ -68,6 +73,9 @@ class Supervisor:
         self._ending: asyncio.Future[Ending] = self._loop.create_future()
         self._context = zmq.asyncio.Context()
         self._token = token
+        self._launch = launch
+        self._catalog = Catalog()
+        self._change: asyncio.Task[None] | None = None
         self.core: CoreLink | None = None
         self._nursery: NurseryLink | None = None
         self._api: Api | None = None
@@ -112,19 +120,52 @@ class Supervisor:
 
     async def _start(self) -> None:
         self.events.emit("vmm.starting", name=self.rundir.name, pid=os.getpid())
+        await self._connect()
+        order = self.flags.order
+        if order is not None:
+            self.create(order)
+        self._api = Api(self._context, self.rundir, self.events, Verbs(self).serve)
+        if order is not None:
+            await self.boot()
+
+    async def _connect(self) -> None:
+        """Wait for core and the nursery, and learn which device types there are."""
         await self._wait_child(self.core_child)
         self.stages.add("core-ready", time.monotonic_ns())
-        core = self.core = CoreLink(self._context, self.rundir, self._token, self._on_core_event)
+        self.core = CoreLink(self._context, self.rundir, self._token, self._on_core_event)
         await self._wait_child(self.nursery_child)
         self._nursery = NurseryLink(self.rundir.file(places.NURSERY), self._worker_exited, self._nursery_lost)
-        inventory = Inventory(await self._nursery.catalog())
-        devices = inventory.add(self.flags.wanted)
-        self.config = VmConfig(self.flags.cpus, self.flags.memory, self.flags.payload, self.flags.serial,
-                               tuple(devices))
-        consoles = Consoles(core, self.terminal, devices, self.flags.serial.mode)
+        self._catalog = await self._nursery.catalog()
+
+    def create(self, order: Order) -> None:
+        """Take `order` as the VM to boot. Raises CellvisorError, nothing is changed then."""
+        inventory = Inventory(self._catalog)
+        devices = tuple(inventory.add(order.wanted))
+        self.config = VmConfig(order.cpus, order.memory, order.payload, order.serial, devices)
+        self.inventory = inventory
+        self.state = "Created"
+
+    def delete(self) -> None:
+        """Forget what was created."""
+        self.config = VmConfig(self.flags.cpus, self.flags.memory, Payload(""), self.flags.serial)
+        self.inventory = Inventory(self._catalog)
+        self.state = "Empty"
+
+    async def boot(self) -> None:
+        """Start the devices and run what was created. Raises CellvisorError; core is used up then."""
+        core, nursery = self.core, self._nursery
+        assert core is not None and nursery is not None
+        self.booting = True
+        try:
+            await self._boot(core, nursery)
+        finally:
+            self.booting = False
+
+    async def _boot(self, core: CoreLink, nursery: NurseryLink) -> None:
+        devices = self.config.devices
+        consoles = Consoles(core, self.terminal, devices, self.config.serial.mode)
         consoles.give_terminal()
-        self.fleet = Fleet(core, self._nursery, self.events, self.rundir.path)
-        self._api = Api(self._context, self.rundir, self.events, Verbs(self).serve)
+        self.fleet = Fleet(core, nursery, self.events, self.rundir.path)
         made = await core.request(CoreVerb.CONFIGURE, CORE_TIMEOUT, **self.config.for_core())
         self.memory_effects = made.get("memory", {})
         self.stages.add("configured", time.monotonic_ns())
@@ -142,6 +183,26 @@ class Supervisor:
         if self.state == "Created":
             self.state = "Running"
         self._loop.add_signal_handler(signal.SIGWINCH, consoles.resized)
+
+    async def renew(self) -> None:
+        """End the machine but not the process: a fresh core and nursery wait for the next boot."""
+        if self._launch is None:
+            raise Internal("this process cannot start another core")
+        await self._end_machine()
+        self.terminal.restore()
+        for name in (places.CORE, places.FDS, places.CONTROL, places.NURSERY):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.rundir.file(name))
+        self.stages = report.Stages(time.monotonic_ns())
+        self.config = replace(self.config, paths={})
+        self._token, self.core_child, self.nursery_child = self._launch()
+        self._loop.add_reader(self.core_child.pidfd, self._core_ended)
+        await self._connect()
+
+    async def change(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run a boot or a renewal, one at a time; the end of the process waits for it to be given up."""
+        self._change = self._loop.create_task(work)
+        await asyncio.shield(self._change)
 
     async def _wait_child(self, child: Child) -> None:
         """Wait until `child` has bound its sockets. Raises Internal if it ends instead."""
@@ -252,9 +313,26 @@ class Supervisor:
     # ---- the end
 
     async def _stop(self) -> None:
-        """End workers, nursery and core, each asked first and killed if it does not listen."""
+        """End everything: the machine, then the API."""
         self._stopping = True
+        if self._change is not None:
+            self._change.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await self._change
         self.events.emit("vmm.shutdown")
+        await self._end_machine()
+        if self._api is not None:
+            await self._api.close()
+        self._context.destroy(linger=200)
+        if self.monitor is not None:
+            self.monitor.close()
+        self.terminal.restore()
+        self.rundir.remove()
+
+    async def _end_machine(self) -> None:
+        """End workers, nursery and core, each asked first and killed if it does not listen."""
+        if self.core_child.pidfd >= 0:
+            self._loop.remove_reader(self.core_child.pidfd)
         if self.fleet is not None:
             self.fleet.stopping()
         patience = 0.2
@@ -284,10 +362,4 @@ class Supervisor:
             self._nursery.close()
         if self.core is not None:
             await self.core.close()
-        if self._api is not None:
-            await self._api.close()
-        self._context.destroy(linger=200)
-        if self.monitor is not None:
-            self.monitor.close()
-        self.terminal.restore()
-        self.rundir.remove()
+        self.core, self.fleet, self._nursery = None, None, None

@@ -26,11 +26,13 @@ class Exits:
 class LinkOwner:
     """core.pci.ports.Owner: from vCPU threads to the link on the main thread."""
 
-    def __init__(self, post: Post, link: Link) -> None:
-        self._post, self._link = post, link
+    def __init__(self, post: Post, link: Link, activated: Callable[[Link], None]) -> None:
+        """`activated(link)` is called at once, under the board lock."""
+        self._post, self._link, self._activated = post, link, activated
 
     def activate(self, epoch: int, queues: list[dict[str, int]], features: int) -> None:
         """DRIVER_OK."""
+        self._activated(self._link)
         self._post(lambda: self._link.activate(epoch, queues, features))
 
     def reset(self, epoch: int) -> None:

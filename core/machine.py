@@ -22,6 +22,7 @@ from cellvisor.core.boot.loader import BootConfig, load
 from cellvisor.core.config import MachineConfig
 from cellvisor.core.errors import CellvisorError, Conflict, UsageError
 from cellvisor.core.fds import Connection
+from cellvisor.core.hotplug import Hotplug
 from cellvisor.core.kvm.vcpu import KICK_SIGNAL, Vcpu, Wanted
 from cellvisor.core.kvm.vm import Kvm, Vm, check
 from cellvisor.core.link import Link
@@ -55,6 +56,7 @@ class Machine:
         self.ram: GuestRam | None = None
         self._table: RangeTable | None = None
         self.platform: Platform | None = None
+        self._hotplug: Hotplug | None = None
         self._vm: Vm | None = None
         self.vcpus: list[Vcpu] = []
         self.resets = 0
@@ -76,6 +78,7 @@ class Machine:
         self._table.publish(self.ram.ranges)
         self.platform = Platform(self._server, self.lock, config, self.kvm.phys_bits, self._guest_reset,
                                  self._guest_shutdown)
+        self._hotplug = Hotplug(self._server, self.lock, self.platform.slots, self.links)
         self.config = config
 
     def serial_path(self) -> str:
@@ -94,6 +97,19 @@ class Machine:
                 raise Conflict(f"attach: slot {slot} belongs to {taken[0]}")
             link = self.links[device] = Link(self, device, kind, slot)
         link.expect(generation, token)
+
+    @property
+    def hotplug(self) -> Hotplug:
+        """Who comes and goes. Raises Conflict before configure()."""
+        if self._hotplug is None:
+            raise Conflict("the VM is not configured")
+        return self._hotplug
+
+    def detach(self, device: str) -> None:
+        """Forget a device that is in no slot. Raises NotFound, Conflict."""
+        self.hotplug.detach(device)
+        if self._barrier is not None:
+            self._barrier.gone(device)
 
     def boot(self) -> None:
         """Load the kernel and run. Raises UsageError for a kernel that cannot be booted."""
@@ -275,6 +291,7 @@ class Machine:
         config, platform, ram = self.config, self.platform, self.ram
         assert config is not None and platform is not None and ram is not None
         try:
+            self.hotplug.machine_reset()
             with self.lock:
                 platform.pci.machine_reset()
             self._drop_vm()
@@ -317,16 +334,13 @@ class Machine:
     def build(self, link: Link) -> VirtioPciDevice:
         """Make the PCI function of a worker that said HELLO."""
         assert link.spec is not None and self.platform is not None
-        return VirtioPciDevice(link.device, link.spec, self.platform.ports, LinkOwner(self._server.post, link),
-                               kick_fds=link.kick_fds, call_fds=link.call_fds, config_fd=link.config_fd)
+        owner = LinkOwner(self._server.post, link, self.hotplug.activated)
+        return VirtioPciDevice(link.device, link.spec, self.platform.ports, owner, kick_fds=link.kick_fds,
+                               call_fds=link.call_fds, config_fd=link.config_fd)
 
     def ready(self, link: Link) -> None:
-        """Show the function to the guest; the next incarnation finds it there already."""
-        assert self.platform is not None
-        assert link.function is not None
-        if link.slot not in self.platform.pci.functions:
-            with self.lock:
-                self.platform.pci.attach(link.slot, link.function)
+        """Before boot, show the function to the guest; the next incarnation finds it there already."""
+        self.hotplug.ready(link, self.state)
         generation = link.worker.generation if link.worker else 0
         self._server.event("device.ready", device=link.device, generation=generation)
 

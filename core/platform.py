@@ -14,7 +14,7 @@ from typing import Any
 
 from cellvisor.core import log
 from cellvisor.core._native import _native
-from cellvisor.core.abi import pci
+from cellvisor.core.abi import acpi, pci
 from cellvisor.core.acpi.ged import Ged
 from cellvisor.core.acpi.power import PowerRegister
 from cellvisor.core.board.bus import MMIO_SIZE, PIO_SIZE, Bus
@@ -34,6 +34,7 @@ from cellvisor.core.pci.intx import IntxLines
 from cellvisor.core.pci.ports import Ports
 from cellvisor.core.pci.root import PciRoot
 from cellvisor.core.pci.shadow import BoardShadow
+from cellvisor.core.pci.slots import PciSlots
 from cellvisor.core.serial_line import SerialLine
 from cellvisor.core.server import Server
 from cellvisor.core.wire.bytechannel import Target
@@ -100,6 +101,7 @@ class Platform:
         self.ged = Ged(lambda level: self._irq_line(layout.GSI_GED, level))
         self.mmio64 = layout.mmio64_window(config.memory, phys_bits)
         self.pci = PciRoot(BoardShadow(self.board), window64=self.mmio64)
+        self.slots = PciSlots(self.pci, lambda: self.ged.raise_event(acpi.EVENT_PCI))
         self.serial: SerialLine | None = None
         if config.serial_mode != "off":
             self.serial = self._make_serial(config)
@@ -114,6 +116,7 @@ class Platform:
         if self.serial is not None:
             self._pio.add(layout.PORT_COM1, UART_SIZE, self.serial.uart, "com1")
         self._mmio.add(layout.GED, layout.REGISTER_PAGE, self.ged, "ged")
+        self._mmio.add(layout.PCI_HOTPLUG, layout.REGISTER_PAGE, self.slots, "pci-hotplug")
 
     def _make_serial(self, config: MachineConfig) -> SerialLine:
         given = {}

@@ -25,6 +25,7 @@ class Verbs:
             CoreVerb.PAUSE: self._pause, CoreVerb.RESUME: self._resume, CoreVerb.RESET: self._reset,
             CoreVerb.POWER_BUTTON: self._power_button, CoreVerb.INFO: self._info,
             CoreVerb.DEVICES: self._devices, CoreVerb.CALL: self._call, CoreVerb.QUIT: self._quit,
+            CoreVerb.PLUG: self._plug, CoreVerb.UNPLUG: self._unplug, CoreVerb.DETACH: self._detach,
         }
 
     def serve(self, verb: str, args: dict[str, Any], reply: Reply) -> None:
@@ -48,6 +49,19 @@ class Verbs:
         if not 1 <= slot <= MAX_PCI_SLOT:
             raise UsageError(f"attach: slot {slot} is outside 1..{MAX_PCI_SLOT}")
         self._machine.attach(device, kind, slot, generation, token)
+        reply({})
+
+    def _plug(self, args: dict[str, Any], reply: Reply) -> None:
+        state = self._machine.hotplug.plug(str(args.get("device")), self._machine.state)
+        reply({"state": str(state)})
+
+    def _unplug(self, args: dict[str, Any], reply: Reply) -> None:
+        state = self._machine.hotplug.unplug(str(args.get("device")), self._machine.state,
+                                             force=args.get("force") is True, cancel=args.get("cancel") is True)
+        reply({"state": str(state)})
+
+    def _detach(self, args: dict[str, Any], reply: Reply) -> None:
+        self._machine.detach(str(args.get("device")))
         reply({})
 
     def _boot(self, args: dict[str, Any], reply: Reply) -> None:
@@ -74,14 +88,19 @@ class Verbs:
         reply({
             "state": str(machine.state), "resets": machine.resets,
             "memory": machine.ram.size if machine.ram else 0,
-            "vcpus": [vcpu.counters() for vcpu in machine.vcpus],
+            "vcpus": [{**vcpu.counters(), "where": vcpu.where() if machine.paused else ""}
+                      for vcpu in machine.vcpus],
             "first_entry_ns": board.first_entry_ns if board else 0,
             "stages": [list(stage) for stage in machine.platform.stages()] if machine.platform else [],
             "serial": machine.serial_path(),
         })
 
     def _devices(self, args: dict[str, Any], reply: Reply) -> None:
-        reply({"devices": [_describe(link) for link in self._machine.links.values()]})
+        machine = self._machine
+        plugs = machine.hotplug if machine.platform else None
+        reply({"devices": [{**_describe(link), "plug": plugs.state(link) if plugs else "unplugged"}
+                           for link in machine.links.values()],
+               "slots": {str(slot): state for slot, state in (plugs.states() if plugs else {}).items()}})
 
     def _call(self, args: dict[str, Any], reply: Reply) -> None:
         link = self._machine.links.get(str(args.get("device")))

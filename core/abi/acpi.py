@@ -45,6 +45,7 @@ EVENT_POWER_BUTTON: Final = 1 << 3
 EVENT_ALL: Final = 0xF
 
 # Values of Notify (5.6.6)
+NOTIFY_BUS_CHECK: Final = 0
 NOTIFY_DEVICE_CHECK: Final = 1
 NOTIFY_EJECT_REQUEST: Final = 3
 NOTIFY_POWER_BUTTON: Final = 0x80

@@ -68,6 +68,9 @@ class CoreVerb(StrEnum):
     CONFIGURE, then ATTACH for each device before its worker is forked, "device.ready" for all, BOOT. Events come
     without an id as {"event", "properties"}: device.ready and device.failed {device, generation, reason}, vm.booting,
     booted, paused, resumed, rebooting, rebooted, shutdown (the guest powered off), crashed {reason}.
+    PLUG {device} shows an attached device to a running guest, UNPLUG {device, force?, cancel?} has the guest give it
+    back, DETACH {device} forgets one that is in no slot. Events: slot.enumerated {device, slot, how: ost|driver|reset},
+    slot.bound, slot.ost {event, status}, slot.ejected {how: guest|reset|force}, slot.freed, eject.unexpected.
     Times are in ns of CLOCK_MONOTONIC. The user's terminal is deposited as `<device>/tty` (output) and
     `<device>/tty-in`; the serial port's device is `__serial`.
     """
@@ -75,6 +78,8 @@ class CoreVerb(StrEnum):
     CONFIGURE = "configure"
     ATTACH = "attach"
     DETACH = "detach"
+    PLUG = "plug"
+    UNPLUG = "unplug"
     BOOT = "boot"
     PAUSE = "pause"
     RESUME = "resume"

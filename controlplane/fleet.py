@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import time
 from dataclasses import dataclass
@@ -193,7 +194,9 @@ class Fleet:
         """Give up for now: what the guest asks of the device waits."""
         one.state = State.FAILED
         self._died_at.pop(one.device.id, None)
-        log.get("fleet").error("%s failed: %s", one.device.id, one.reason)
+        # A device that never served is refused in one line, by whoever wanted it.
+        level = logging.ERROR if one.served else logging.INFO
+        log.get("fleet").log(level, "%s failed: %s", one.device.id, one.reason)
         self._events.emit("device.failed", device=one.device.id, generation=one.generation, pid=one.pid,
                           reason=one.reason)
         if not one.ready.done():

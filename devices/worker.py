@@ -136,7 +136,7 @@ class Worker:
         self.status = 1
         self.reactor.stop()
         if isinstance(error, CellvisorError):
-            self._log.error("%s", error)
+            self._log.info("%s", error)  # whoever started us says it, in one line
         else:
             self._log.error("%s", traceback.format_exc().rstrip())
         reason = str(error) if isinstance(error, CellvisorError) else f"{type(error).__name__}: {error}"

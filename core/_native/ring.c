@@ -1,7 +1,9 @@
 #include "ring_private.h"
 
+#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 /* The crash tests build this file with -DCV_FAULTS and their own two macros, which end the call before its
    k-th store. Every store to shared memory goes through STORE. */
@@ -377,6 +379,35 @@ int cv_queue_progress(struct cv_queue *queue, uint16_t head, uint64_t counter, u
         return -CV_BAD_CHAIN;
     STORE(entry->used_len, used_len);
     return 0;
+}
+
+int cv_queue_absolve(struct cv_queue *queue, uint16_t head, uint64_t counter)
+{
+    struct cv_head *entry = fetched(queue, head, counter);
+
+    CV_ENTER();
+    if (!entry)
+        return -CV_BAD_CHAIN;
+    STORE(entry->starts, 0);
+    return 0;
+}
+
+int64_t cv_queue_write(struct cv_queue *queue, uint16_t head, uint64_t counter, uint32_t done, int fd,
+                       const uint8_t *data, uint32_t size)
+{
+    struct cv_head *entry = fetched(queue, head, counter);
+    ssize_t count;
+    int error;
+
+    CV_ENTER();
+    if (!entry)
+        return CV_WRITE_REFUSED;
+    STORE(entry->used_len, done + size);
+    count = write(fd, data, size);
+    error = errno;
+    if (count != (ssize_t)size)
+        STORE(entry->used_len, done + (count > 0 ? (uint32_t)count : 0));
+    return count < 0 ? -(int64_t)error : count;
 }
 
 int cv_queue_sending(struct cv_queue *queue, uint16_t head, uint64_t counter)

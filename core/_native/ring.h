@@ -161,6 +161,16 @@ int cv_queue_begin(struct cv_queue *queue, uint16_t head, uint64_t counter);
 int cv_queue_progress(struct cv_queue *queue, uint16_t head, uint64_t counter, uint32_t used_len);
 int cv_queue_sending(struct cv_queue *queue, uint16_t head, uint64_t counter);
 
+/* Forget how often it began: the worker's death was not its doing. */
+int cv_queue_absolve(struct cv_queue *queue, uint16_t head, uint64_t counter);
+
+/* write(2) what begins at byte `done` of the request. It is noted first and corrected if it was less: a signal
+   that kills finds the process in the system call, which ends before the process does. Returns what write()
+   did, -errno, or CV_WRITE_REFUSED if the chain is none that is being executed. */
+#define CV_WRITE_REFUSED -1000000
+int64_t cv_queue_write(struct cv_queue *queue, uint16_t head, uint64_t counter, uint32_t done, int fd,
+                       const uint8_t *data, uint32_t size);
+
 /* The request is done; the next publish tells the driver. */
 int cv_queue_complete(struct cv_queue *queue, uint16_t head, uint64_t counter, uint32_t used_len);
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from struct import Struct
 from typing import Any
@@ -117,6 +117,8 @@ class Queue:
         self.index = index
         self.size = config.size
         self.more = False
+        self.held = False  # harvest() gives only what was requeued: see devices/poison.py
+        self.on_complete: Callable[[Chain], None] | None = None
         self._call_fd = call_fd
         self._memory = memory
         self._state = state
@@ -187,6 +189,8 @@ class Queue:
                 self.more = True
                 return chains
             chains.append(self._queued.popleft())
+        if self.held:
+            return chains
         c = self._c
         while True:
             room = min(self.size, limit - len(chains)) if limit else self.size
@@ -206,10 +210,31 @@ class Queue:
         if self._c is not None:
             self._check(self._lib.cv_queue_begin(self._c, chain.head, chain.counter))
 
+    def absolve(self, chain: Chain) -> None:
+        """Forget how often `chain` began: it did not kill its worker."""
+        chain.starts = 0
+        if self._c is not None:
+            self._check(self._lib.cv_queue_absolve(self._c, chain.head, chain.counter))
+
     def progress(self, chain: Chain, done: int) -> None:
         """Record that `done` bytes of `chain` have taken effect; a successor sees it as chain.resume."""
         if self._c is not None:
             self._check(self._lib.cv_queue_progress(self._c, chain.head, chain.counter, done))
+
+    def write(self, chain: Chain, fd: int, data: bytes) -> int:
+        """Write `data`, which begins at chain.resume, to `fd` as os.write() does; what was written is progress.
+
+        If the worker is killed meanwhile, the bytes count as written: the system call ends before the process.
+        """
+        if self._c is None:
+            return len(data)
+        count = int(self._lib.cv_queue_write(self._c, chain.head, chain.counter, chain.resume, fd, data, len(data)))
+        if count == self._lib.CV_WRITE_REFUSED:
+            raise Internal(f"queue {self.index}: write of head {chain.head}, which is not being executed")
+        if count < 0:
+            raise OSError(-count, os.strerror(-count))  # BlockingIOError and others by the number
+        chain.resume += count
+        return count
 
     def sending(self, chain: Chain) -> None:
         """Mark `chain` as leaving now: after a crash it counts as done. One per queue at a time."""
@@ -228,6 +253,8 @@ class Queue:
             code = self._complete(self._c, chain.head, chain.counter, written)
             if code:
                 self._check(code)
+            if self.on_complete is not None:
+                self.on_complete(chain)
 
     def publish(self) -> None:
         """Publish every EXECUTED chain in one batch and interrupt the driver if it wants to know."""

@@ -130,6 +130,7 @@ class Machine:
         """Stop the vCPUs and quiesce the workers; `then(late)` when it is so, with who did not answer."""
         change(self.state, State.PAUSED)
         self._require_no_barrier("pause")
+        self._server.event("vm.pausing")
         self._park_all()
         self.state = change(self.state, State.PAUSED)
 
@@ -149,6 +150,7 @@ class Machine:
         if self.state is not State.PAUSED:
             raise Conflict(f"resume: the VM is {self.state}", hint="only a paused VM resumes")
         self._require_no_barrier("resume")
+        self._server.event("vm.resuming")
         self.state = change(self.state, State.RUNNING)
         self._resume_workers()
         self._run_all()

@@ -23,7 +23,7 @@ class Verbs:
         self._table: dict[str, Callable[[dict[str, Any], Reply], None]] = {
             CoreVerb.CONFIGURE: self._configure, CoreVerb.ATTACH: self._attach, CoreVerb.BOOT: self._boot,
             CoreVerb.PAUSE: self._pause, CoreVerb.RESUME: self._resume, CoreVerb.RESET: self._reset,
-            CoreVerb.POWER_BUTTON: self._power_button, CoreVerb.INFO: self._info,
+            CoreVerb.POWER_BUTTON: self._power_button, CoreVerb.NMI: self._nmi, CoreVerb.INFO: self._info,
             CoreVerb.DEVICES: self._devices, CoreVerb.CALL: self._call, CoreVerb.QUIT: self._quit,
             CoreVerb.PLUG: self._plug, CoreVerb.UNPLUG: self._unplug, CoreVerb.DETACH: self._detach,
         }
@@ -80,6 +80,13 @@ class Verbs:
 
     def _power_button(self, args: dict[str, Any], reply: Reply) -> None:
         self._machine.power_button()
+        reply({})
+
+    def _nmi(self, args: dict[str, Any], reply: Reply) -> None:
+        if not self._machine.vcpus:
+            raise Conflict(f"nmi: the VM is {self._machine.state}")
+        for vcpu in self._machine.vcpus:  # a paused one gets it when it goes on
+            vcpu.request_nmi()
         reply({})
 
     def _info(self, args: dict[str, Any], reply: Reply) -> None:

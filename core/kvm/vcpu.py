@@ -59,6 +59,7 @@ class Vcpu:
         self._condition = threading.Condition()
         self._wanted = Wanted.PARK
         self._parked = False
+        self._nmi = False
         self._thread: threading.Thread | None = None
         self.fd = check(lib.cv_ioctl(vm.fd, lib.KVM_CREATE_VCPU, index), f"KVM_CREATE_VCPU {index}")
         os.set_inheritable(self.fd, False)
@@ -89,6 +90,15 @@ class Vcpu:
             self._condition.notify_all()
             thread = self._thread
             if wanted is not Wanted.RUN and thread is not None and thread.ident and thread.is_alive():
+                lib.cv_vcpu_immediate_exit(self.c, 1)
+                signal.pthread_kill(thread.ident, KICK_SIGNAL)
+
+    def request_nmi(self) -> None:
+        """Have the thread inject an NMI before it enters the guest again (KVM_NMI waits for KVM_RUN to end)."""
+        with self._condition:
+            self._nmi = True
+            thread = self._thread
+            if thread is not None and thread.ident and thread.is_alive():
                 lib.cv_vcpu_immediate_exit(self.c, 1)
                 signal.pthread_kill(thread.ident, KICK_SIGNAL)
 
@@ -139,6 +149,9 @@ class Vcpu:
                 self._parked = True
                 self._condition.notify_all()
                 self._condition.wait()
+            if self._nmi and self._wanted is Wanted.RUN:
+                self._nmi = False
+                check(lib.cv_ioctl(self.fd, lib.KVM_NMI, 0), "KVM_NMI")
             self._parked = self._wanted is Wanted.STOP
             self._condition.notify_all()
             return self._wanted is Wanted.STOP

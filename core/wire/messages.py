@@ -85,6 +85,7 @@ class CoreVerb(StrEnum):
     RESUME = "resume"
     RESET = "reset"
     POWER_BUTTON = "power-button"
+    NMI = "nmi"
     INFO = "info"
     DEVICES = "devices"
     CALL = "call"

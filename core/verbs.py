@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cellvisor.core.config import machine_config
-from cellvisor.core.errors import NotFound, UsageError
+from cellvisor.core.errors import Conflict, NotFound, UsageError
 from cellvisor.core.link import Link
 from cellvisor.core.machine import Machine
 from cellvisor.core.server import Reply

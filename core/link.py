@@ -59,6 +59,9 @@ class Home(Protocol):
     def failed(self, link: Link, reason: str) -> None:
         """The worker cannot serve or is gone."""
 
+    def told(self, link: Link, what: str) -> None:
+        """The driver did `what`: "activated" or "reset" a device that was active."""
+
     def unserved_reset(self, link: Link) -> None:
         """The driver waits for a reset, and no worker is there to finish it."""
 
@@ -169,10 +172,13 @@ class Link:
         """The driver said DRIVER_OK."""
         self.activation = {"epoch": epoch, "queues": queues, "features": features}
         self.send(ToWorker.ACTIVATE, **self.activation, paused=self.home.paused)
+        self.home.told(self, "activated")
 
     def reset(self, epoch: int) -> None:
         """The driver wrote 0 to device_status. A dead worker's I/O may still live: only a successor, which
         has passed the fence, can end the reset (on its READY)."""
+        if self.activation is not None:
+            self.home.told(self, "reset")
         self.activation = None
         self.pending_reset = epoch
         if self.alive:

@@ -358,6 +358,10 @@ class Machine:
         if self._barrier is not None and self._barrier.answer == "paused":
             self._barrier.gone(link.device)
 
+    def told(self, link: Link, what: str) -> None:
+        """The driver did `what`: "activated", "reset"."""
+        self._server.event(f"device.{what}", device=link.device)
+
     def unserved_reset(self, link: Link) -> None:
         """Somebody must start a successor, or a machine reset and the guest's driver wait in vain."""
         self._server.event("device.reset-waits", device=link.device)

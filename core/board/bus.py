@@ -125,4 +125,4 @@ class Bus:
     def _free(self, address: int, size: int) -> bool:
         # The start is known to be free: is the rest, up to the next range?
         index = bisect_right(self._bases, address)
-        return size == 1 or index == len(self._bases) or address + size <= self._bases[index]
+        return index == len(self._bases) or address + size <= self._bases[index]

@@ -1,6 +1,7 @@
 """THE verb table of a VM's API and the shape of its requests, replies and events.
 
-One table, served over ZeroMQ (ROUTER at `api.sock`, one msgpack map per message) and over HTTP by `path`:
+One table, served over ZeroMQ (ROUTER at `api.sock`, one msgpack map per message) and over HTTP by `path`
+(controlplane/routes.py):
   request {"v": 1, "id": "...", "verb": "pause", "args": {...}}     the same id twice gives the same answer
   reply   {"v": 1, "id": "...", "ok": ...} or {"v": 1, "id": "...", "error": {code, status, message, hint}}
   event   topic frame `vm.booted`, then {"v": 1, "seq", "time", "event", "properties"} (PUB at `events.sock`)
@@ -39,12 +40,26 @@ class EventsArgs:
     since: int = option(0, help="only events with a higher sequence number", min=0)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectArgs:
+    """Any object: the verb itself knows the keys, which depend on the device types there are."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResizeDiskArgs:
+    """What `resize-disk` takes."""
+
+    id: str = option(help="name of the disk")
+    desired_size: int = option(help="its new size in bytes", size=True)
+
+
 @dataclass(frozen=True, slots=True)
 class Verb:
     """One thing that a VM can be asked.
 
-    `reads` verbs change nothing (GET over HTTP), `path` is the HTTP name below /api/v1/, `alias` the verb
-    that really serves it. A verb that is not `ready` is known, and refused with "not supported yet".
+    `reads` verbs change nothing (GET over HTTP), `path` is Cloud Hypervisor's HTTP name below /api/v1/ if it has
+    one (`http_path` is for all), `alias` the verb that really serves it. `answers`: what a change answers is a body
+    over HTTP too. `empty`: works while no VM is created. A verb that is not `ready` is refused: "not supported yet".
     """
 
     name: str
@@ -54,40 +69,63 @@ class Verb:
     path: str = ""
     alias: str = ""
     ready: bool = True
+    answers: bool = False
+    empty: bool = False
+
+    @property
+    def http_path(self) -> str:
+        return self.path or f"vm.{self.name}"
 
 
 _TABLE = (
-    Verb("ping", "answer with version and process id", reads=True, path="vmm.ping"),
+    Verb("ping", "answer with version and process id", reads=True, path="vmm.ping", empty=True),
     Verb("info", "tell configuration, state, devices and boot stages", InfoArgs, reads=True, path="vm.info"),
     Verb("devices", "list the devices with slot, type, process and state", reads=True),
-    Verb("events", "return the latest events; new ones are published on events.sock", EventsArgs, reads=True),
+    Verb("events", "return the latest events; new ones are published on events.sock", EventsArgs, reads=True,
+         empty=True),
     Verb("pause", "stop the vCPUs and quiesce every device", path="vm.pause"),
     Verb("resume", "go on after a pause", path="vm.resume"),
     Verb("reset", "reset the machine as its reset button would"),
     Verb("reboot", "the same as reset", path="vm.reboot", alias="reset"),
     Verb("power-button", "press the ACPI power button: the guest may shut down", path="vm.power-button"),
-    Verb("shutdown", "end the VM now: every process, socket and file of it", path="vm.shutdown"),
-    Verb("counters", "tell every device's counters", reads=True, path="vm.counters", ready=False),
-    Verb("create", "store a configuration", path="vm.create", ready=False),
-    Verb("boot", "boot the stored configuration", path="vm.boot", ready=False),
-    Verb("delete", "forget the stored configuration", path="vm.delete", ready=False),
-    Verb("nmi", "inject a non-maskable interrupt", path="vm.nmi", ready=False),
+    Verb("shutdown", "end the VM now; with --api-socket the process stays for another boot", path="vm.shutdown"),
+    Verb("shutdown-vmm", "end the process and its VM: every process, socket and file of it", path="vmm.shutdown",
+         answers=True, empty=True),
+    Verb("counters", "tell every device's counters", reads=True, path="vm.counters"),
+    Verb("create", "take a configuration (VmConfig) without booting it", ObjectArgs, path="vm.create", empty=True),
+    Verb("boot", "boot the VM that was created", path="vm.boot"),
+    Verb("delete", "end the VM and forget its configuration", path="vm.delete", empty=True),
+    Verb("nmi", "inject a non-maskable interrupt into every vCPU", path="vm.nmi"),
     Verb("validate", "check a device's options without adding it", reads=True, ready=False),
     Verb("capacity", "tell free slots and free memory room", reads=True, ready=False),
     Verb("resize", "change vCPUs, memory or balloon", path="vm.resize", ready=False),
-    Verb("resize-disk", "change a disk's size", path="vm.resize-disk", ready=False),
+    Verb("resize-zone", "change a memory zone's size", path="vm.resize-zone", ready=False),
+    Verb("resize-disk", "change a disk's size", ResizeDiskArgs, path="vm.resize-disk"),
     Verb("add-disk", "plug a disk", path="vm.add-disk", ready=False),
     Verb("add-rng", "plug an entropy source", ready=False),
     Verb("add-console", "plug a console", ready=False),
     Verb("add-net", "plug a network card", path="vm.add-net", ready=False),
+    Verb("add-fs", "plug a shared directory", path="vm.add-fs", ready=False),
+    Verb("add-pmem", "plug persistent memory", path="vm.add-pmem", ready=False),
+    Verb("add-vsock", "plug a socket device", path="vm.add-vsock", ready=False),
+    Verb("add-device", "plug a device of the host", path="vm.add-device", ready=False),
+    Verb("add-user-device", "plug a vfio-user device", path="vm.add-user-device", ready=False),
+    Verb("add-generic-vhost-user", "plug a vhost-user device", path="vm.add-generic-vhost-user", ready=False),
+    Verb("add-vdpa", "plug a vDPA device", path="vm.add-vdpa", ready=False),
     Verb("add-virtio", "plug a device of any type", ready=False),
     Verb("remove-device", "have the guest give a device back, then end it", path="vm.remove-device",
          ready=False),
     Verb("restart-device", "start a new process for a failed device", ready=False),
+    Verb("snapshot", "save the VM's state", path="vm.snapshot", ready=False),
+    Verb("restore", "start from a saved state", path="vm.restore", ready=False),
+    Verb("coredump", "write the guest's memory to a file", path="vm.coredump", ready=False),
+    Verb("send-migration", "move the VM to another host", path="vm.send-migration", ready=False),
+    Verb("receive-migration", "take a VM from another host", path="vm.receive-migration", ready=False),
     Verb("ops", "list, show, wait for or cancel operations", ready=False),
 )
 
 VERBS: Mapping[str, Verb] = MappingProxyType({verb.name: verb for verb in _TABLE})
+PATHS: Mapping[str, Verb] = MappingProxyType({verb.http_path: verb for verb in _TABLE})
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +155,10 @@ def look_up(name: object) -> Verb:
 
 def check_args(verb: Verb, args: object) -> dict[str, Any]:
     """Check arguments and fill in defaults. Raises UsageError naming verb and key."""
+    if verb.args is ObjectArgs:
+        if not isinstance(args, dict):
+            raise UsageError(f"{verb.name}: {type(args).__name__} instead of an object")
+        return args
     schema = describe(verb.args)
     given = validate(args, schema, verb.name)
     return {name: given.get(name, rule.get("default")) for name, rule in schema["keys"].items()}

@@ -178,9 +178,12 @@ def _show(value: object) -> str:
 
 def _refuse_unknown(name: object, keys: dict[str, Schema], flag: str) -> None:
     if name not in keys:
-        known = ", ".join(sorted(keys))
+        import difflib
+
+        close = difflib.get_close_matches(str(name)[:80], keys, 1)
+        advice = f"did you mean {close[0]}? " if close else ""
         raise UsageError(f"{flag + ': ' if flag else ''}unknown key {_show(name)!r}",
-                         hint=f"known keys: {known}")
+                         hint=f"{advice}known keys: {', '.join(sorted(keys))}" if keys else "it takes none")
 
 
 # --- text -------------------------------------------------------------------------------------------------

@@ -70,7 +70,9 @@ def test_bare_rng_and_no_console(kernel: str) -> None:
     ("--serial tty2", "--serial: mode=tty2"),
     ("--serial file", "--serial file: .*write --serial file=PATH"),
     ("--serial pty,socket=/x", "--serial pty,socket=/x"),
-    ("--api-socket /x", "--api-socket /x: not supported yet"),
+    ("--api-socket fd=x", "--api-socket 'fd=x' .write PATH, path=PATH or fd=NUMBER"),
+    ("--api-socket path=", "--api-socket 'path='"),
+    (f"--api-socket /{'x' * 107}", "--api-socket /xxx.* socket paths have at most 107 bytes"),
     ("--net tap=x", "--net: not supported yet"),
     ("--dsik path=x", "unknown flag --dsik .did you mean --disk. known flags: --api-socket"),
     ("stray", "unexpected argument 'stray'"),
@@ -106,3 +108,13 @@ def test_empty_kernel(tmp_path: Path) -> None:
 
 def test_max_follows_boot(kernel: str) -> None:
     assert check_cpus(parse(kernel, "--cpus boot=3").cpus).max == 3
+
+
+@pytest.mark.parametrize(("text", "found"), [
+    ("--api-socket /tmp/x", "/tmp/x"), ("--api-socket path=/tmp/x", "/tmp/x"), ("--api-socket fd=7", "fd=7")])
+def test_api_socket(kernel: str, text: str, found: str) -> None:
+    assert parse(kernel, text).api_socket == found
+    empty = flags.parse(shlex.split(text))
+    assert (empty.api_socket, empty.order, empty.wanted) == (found, None, ())
+    with pytest.raises(UsageError, match="--kernel is missing: --cpus needs it"):
+        flags.parse([*shlex.split(text), "--cpus", "boot=2"])

@@ -77,6 +77,7 @@ class Fleet:
         self._core, self._nursery, self._events, self._run_dir = core, nursery, events, run_dir
         self._loop = asyncio.get_running_loop()
         self._latest: dict[str, Incarnation] = {}
+        self._used: dict[str, int] = {}  # last generation of devices that were retired: late reports name it
         self._budgets: dict[str, Budget] = {}
         self._died_at: dict[str, float] = {}
         self._restarts: set[asyncio.Task[None]] = set()
@@ -94,7 +95,8 @@ class Fleet:
         before = self._latest.get(device.id)
         if before is not None and before.is_alive:
             raise Conflict(f"{device.id}: generation {before.generation} is alive")
-        one = Incarnation(device, before.generation + 1 if before else 1, os.urandom(16).hex(),
+        last = before.generation if before else self._used.get(device.id, 0)
+        one = Incarnation(device, last + 1, os.urandom(16).hex(),
                           self._loop.create_future())
         one.ready.add_done_callback(lambda ready: ready.cancelled() or ready.exception())  # may go unseen
         self._latest[device.id] = one
@@ -105,6 +107,20 @@ class Fleet:
             run_dir=self._run_dir, suspect=suspect)
         if one.state is State.SPAWNING:
             one.state = State.RUNNING
+        if self._latest.get(device.id) is not one:
+            kill_pidfd(one.pidfd)
+            one.close()
+            raise Conflict(f"{device.id}: was removed meanwhile")
+        return one
+
+    def retire(self, device_id: str) -> Incarnation | None:
+        """Forget a device: it gets no successor. Its process, if there is one, and its pidfd are the caller's."""
+        one = self._latest.pop(device_id, None)
+        self._budgets.pop(device_id, None)
+        self._died_at.pop(device_id, None)
+        if one is not None:
+            self._used[device_id] = one.generation
+            one.state = State.ENDED
         return one
 
     async def wait_ready(self, timeout: float = READY_TIMEOUT) -> None:

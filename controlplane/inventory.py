@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cellvisor.core.errors import Conflict, NotFound, UsageError
-from cellvisor.core.wire.options import defaults, parse_kv
+from cellvisor.core.wire.options import defaults, parse_kv, validate
 
 SLOTS = range(1, 32)  # slot 0 is the host bridge
 _COMMON = ("id", "pci_segment", "pci_device_id", "iommu")
@@ -19,13 +19,22 @@ _COMMON = ("id", "pci_segment", "pci_device_id", "iommu")
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A device as the user wrote it. `kind` is a verb ("disk") or, not `by_verb`, the name of a type."""
+    """A device as the user wrote it. `kind` is a verb ("disk") or, not `by_verb`, the name of a type.
+
+    Options are `text` as on the command line or, if there is one, the JSON object `body`.
+    """
 
     flag: str
     kind: str
     text: str
     fixed_id: str = ""
     by_verb: bool = True
+    body: Mapping[str, Any] | None = field(default=None, hash=False)
+
+    @property
+    def shown(self) -> str:
+        """Return the options as they were written, shortened for a message."""
+        return (self.text if self.body is None else str(self.body.get("path", "")))[:80]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +83,7 @@ class Inventory:
         self._catalog = catalog
         self._devices: dict[str, Device] = {}
         self._count = 0
+        self._blocked: set[int] = set()
 
     @property
     def devices(self) -> Mapping[str, Device]:
@@ -86,11 +96,48 @@ class Inventory:
         except KeyError:
             raise NotFound(f"no device {key[:80]!r}", hint=f"devices: {', '.join(self._devices)}") from None
 
+    def release(self, key: str) -> None:
+        """Forget a device: its id and slot are free. Unknown ones are ignored."""
+        self._devices.pop(key, None)
+
+    def block(self, slot: int) -> None:
+        """Give `slot` to nobody: the guest still believes in the device that was there."""
+        self._blocked.add(slot)
+
+    def unblock(self, slot: int | None = None) -> None:
+        """Undo block() for one slot, or for all."""
+        self._blocked = set() if slot is None else self._blocked - {slot}
+
+    def free_slots(self) -> list[int]:
+        """Return the slots that a device can still get, lowest first."""
+        taken = {device.slot for device in self._devices.values()} | self._blocked
+        return [slot for slot in SLOTS if slot not in taken]
+
+    def state(self) -> dict[str, Any]:
+        """Return all that restore() needs, as plain data."""
+        return {"count": self._count, "blocked": sorted(self._blocked), "devices": [
+            {"id": device.id, "type": device.type, "verb": device.verb, "slot": device.slot,
+             "options": device.options} for device in self._devices.values()]}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Become what state() described."""
+        self._count, self._blocked = int(state["count"]), set(state["blocked"])
+        self._devices = {entry["id"]: Device(**entry) for entry in state["devices"]}
+
+    def check(self, want: Wanted) -> Device:
+        """Return the device that add() would make; nothing changes."""
+        before = self._devices.copy(), self._count
+        try:
+            return self.add([want])[0]
+        finally:
+            self._devices, self._count = before
+
     def add(self, wanted: Iterable[Wanted]) -> list[Device]:
         """Check, name and place devices. Changes nothing and raises CellvisorError if one is wrong."""
         checked = [(want, kind, self._options(want, kind)) for want in wanted for kind in [self.find(want)]]
         ids = set(self._devices)
-        taken = {device.slot: device.id for device in self._devices.values()}
+        taken = dict.fromkeys(self._blocked, "a device that the guest still holds")
+        taken |= {device.slot: device.id for device in self._devices.values()}
         for want, _, options in checked:
             _reserve(want, options, ids, taken)
         count = self._count
@@ -103,7 +150,8 @@ class Inventory:
                 count += 1
             slot = options.get("pci_device_id") or next(free, None)
             if slot is None:
-                raise Conflict(f"{want.flag} {want.text[:80]}: no free slot, all {len(SLOTS)} are taken")
+                raise Conflict(f"{want.flag} {want.shown}: no free slot, all {len(SLOTS)} are taken",
+                               hint="remove a device first")
             ids.add(key)
             full = {**defaults(kind.schema), **options}
             left = {name: value for name, value in full.items() if name not in _COMMON and value is not None}
@@ -134,7 +182,12 @@ class Inventory:
         if "pci_device_id" in keys:
             limits = {"min": None, "max": None}
             keys["pci_device_id"] = {**keys["pci_device_id"], **limits}
-        options = parse_kv(want.text, {**kind.schema, "keys": keys}, want.flag)
+        schema = {**kind.schema, "keys": keys}
+        if want.body is None:
+            options = parse_kv(want.text, schema, want.flag)
+        else:  # a null is a key that was not given, whether it is known or not
+            options = validate({name: value for name, value in want.body.items() if value is not None}, schema,
+                               want.flag)
         _check_id(want, options.get("id"))
         return options
 

@@ -29,6 +29,7 @@ from cellvisor.controlplane.flags import RunFlags
 from cellvisor.controlplane.fleet import Fleet, settle, wait_pidfd
 from cellvisor.controlplane.inventory import Catalog, Inventory
 from cellvisor.controlplane.nurserylink import NurseryLink
+from cellvisor.controlplane.plug import Plug
 from cellvisor.controlplane.processes import Child, describe_exit
 from cellvisor.controlplane.rundir import RunDir
 from cellvisor.controlplane.terminal import Terminal
@@ -67,6 +68,7 @@ class Supervisor:
         self.began = began
         self.stages = report.Stages(began)
         self.events = EventLog()
+        self.plug = Plug(self)
         self.fleet: Fleet | None = None
         self.monitor = Monitor(flags.event_monitor) if flags.event_monitor else None
         self._loop = asyncio.get_running_loop()
@@ -224,6 +226,9 @@ class Supervisor:
         if name in ("device.ready", "device.failed"):
             if self.fleet is not None:
                 self.fleet.on_core_event(name, properties)
+            return
+        if name.startswith(("slot.", "eject.")):
+            self.plug.on_core_event(name, properties)
             return
         states = {"vm.booted": "Running", "vm.paused": "Paused", "vm.resumed": "Running",
                   "vm.rebooted": "Running", "vm.shutdown": "Shutdown", "vm.crashed": "Shutdown"}

@@ -1,0 +1,339 @@
+"""Devices that come and go while the VM runs: steps with undo for adding, an operation with an outcome for both.
+
+    add:    check, reserve id and slot -> start the process -> ready -> PLUG (guest told) -> reply ... enumerated
+    remove: somebody serves it -> UNPLUG (guest told) -> reply ... _EJ0 -> DETACH -> process ended -> id and slot free
+A step that fails takes back all before it. One lock per device: serial for a device, parallel for several.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import weakref
+from collections.abc import Coroutine
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from cellvisor.controlplane.fleet import READY_TIMEOUT, Fleet, Incarnation, wait_pidfd
+from cellvisor.controlplane.inventory import Device, Wanted
+from cellvisor.controlplane.operations import FINAL, Operation, Operations, OpState
+from cellvisor.controlplane.processes import kill_pidfd
+from cellvisor.core import log
+from cellvisor.core.errors import CellvisorError, Conflict, Internal, UsageError
+from cellvisor.core.wire.messages import CoreVerb
+
+if TYPE_CHECKING:
+    from cellvisor.controlplane.supervisor import Supervisor
+
+GUEST_TIMEOUT = 30.0  # seconds until a guest that does nothing about it is called silent
+END_TIMEOUT = 5.0
+ADD, REMOVE = "add", "remove"
+INSERT_EVENTS = (0, 1)
+# _OST status codes (ACPI 6.5, Tables 6.63 to 6.65)
+_GENERAL = {1: "failed", 2: "does not know this event"}
+_INSERT = {0x81: "its driver could not be loaded", 0x82: "cannot take devices"}
+_EJECT = {0x80: "cannot give devices back", 0x81: "an application uses it", 0x82: "it is busy",
+          0x83: "something that depends on it is busy"}
+
+
+class Plug:
+    """Adds and removes devices of one VM."""
+
+    def __init__(self, vm: Supervisor) -> None:
+        self._vm = vm
+        self.operations = Operations(vm.events)
+        # By device; whoever holds or waits for a lock keeps it alive.
+        self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+        self._adding: dict[str, Operation] = {}    # by device, until the guest knows it
+        self._leaving: dict[str, Operation] = {}   # by device, until it is gone
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        vm.events.add_sink(lambda event: self._on_event(event.name))
+
+    # ---- adding
+
+    async def add(self, verb: str, wanted: Wanted, timeout: float = GUEST_TIMEOUT) -> Device:
+        """Add a device; returns when the guest has been told. Raises CellvisorError, nothing is left then.
+
+        `timeout` is how long the guest may take before the operation counts as timed out.
+        """
+        vm = self._vm
+        await self._settled(verb)
+        # The one step in which two clients can collide: id and slot are ours from here on, or somebody else's.
+        device = vm.inventory.add([wanted])[0]
+        operation = self.operations.begin(verb, device.id, device.bdf)
+        if vm.state == "Created":
+            self._want(device)
+            self.operations.move(operation, OpState.DONE, "there at the next boot")
+            return device
+        try:
+            async with self._locked(device.id), contextlib.AsyncExitStack() as undo:
+                undo.callback(vm.inventory.release, device.id)
+                await self._bring(device, operation, undo)
+                undo.pop_all()
+        except CellvisorError as error:
+            self._adding.pop(device.id, None)
+            self.operations.move(operation, OpState.REFUSED, str(error))
+            raise
+        except BaseException:
+            self._adding.pop(device.id, None)
+            self.operations.move(operation, OpState.CANCELLED, "the VM ended")
+            raise
+        self._notified(operation, timeout)
+        return device
+
+    async def _bring(self, device: Device, operation: Operation, undo: contextlib.AsyncExitStack) -> None:
+        vm, fleet, core = self._vm, self._fleet(), self._core()
+        if device.mode == "tty":
+            raise UsageError(f"{operation.verb}: mode=tty needs the terminal that the VM was started from",
+                             hint="use mode=pty, file=PATH or socket=PATH")
+        undo.push_async_callback(self._take_back, fleet, device.id)
+        one = await fleet.start(device)
+        try:
+            await asyncio.wait_for(asyncio.shield(one.ready), READY_TIMEOUT)
+        except TimeoutError:
+            raise Internal(f"{device.id}: its process was not ready within {READY_TIMEOUT:g} s") from None
+        self.operations.mark(operation, "ready")
+        if device.mode == "pty":
+            found = (await core.request(CoreVerb.CALL, device=device.id, verb="where", args={})).get("result")
+            path = str(found.get("path", "")) if isinstance(found, dict) else ""
+            vm.config = replace(vm.config, paths={**vm.config.paths, device.id: path})
+            vm.events.emit("console.pty", device=device.id, path=path)
+        self._adding[device.id] = operation
+        await core.request(CoreVerb.PLUG, device=device.id)
+        self._want(device)
+        vm.events.emit("device.added", id=device.id, bdf=device.bdf, type=device.type)
+
+    # ---- removing
+
+    async def remove(self, key: str, *, timeout: float = GUEST_TIMEOUT, host_only: bool = False) -> Operation:
+        """Have the guest give a device back; returns when it has been told, and asks again if it was before.
+
+        `host_only` takes the device away without asking: the guest's driver is not prepared, loses what it has
+        not written, and may hang until the guest reboots. Raises NotFound, Conflict.
+        """
+        vm = self._vm
+        await self._settled("remove-device")
+        device = vm.inventory.get(key)
+        if vm.state == "Created":
+            operation = self.operations.begin("remove-device", key, device.bdf)
+            vm.inventory.release(key)
+            self._unwant(key)
+            self.operations.move(operation, OpState.DONE)
+            return operation
+        async with self._locked(key):
+            device = vm.inventory.get(key)
+            pending = self._leaving.get(key)
+            operation = pending or self.operations.begin("remove-device", key, device.bdf)
+            self._leaving[key] = operation
+            try:
+                if not host_only:
+                    await self._have_it_served(device)
+                await self._core().request(CoreVerb.UNPLUG, device=key, force=host_only)
+            except CellvisorError as error:
+                if pending is None:
+                    self._leaving.pop(key, None)
+                    self.operations.move(operation, OpState.REFUSED, str(error))
+                raise
+            added = self._adding.pop(key, None)
+            if added is not None and not added.is_over:
+                self._end(added, OpState.CANCELLED, "the device was removed")
+            self._unwant(key)
+        self._notified(operation, timeout)
+        return operation
+
+    async def _have_it_served(self, device: Device) -> None:
+        """A parked device has nobody to answer the guest's driver while it lets go: have that done."""
+        drain = getattr(self._fleet(), "drain", None)
+        one = next((one for one in self._fleet().latest() if one.device.id == device.id), None)
+        if drain is not None and one is not None and one.state == "failed":
+            await drain(device.id)
+
+    async def cancel(self, key: str) -> Operation:
+        """Call a pending operation off: a removal is forgotten, a device that no guest took note of is taken out.
+
+        Raises NotFound, and Conflict for one that has ended.
+        """
+        operation = self.operations.get(key)
+        async with self._locked(operation.device):
+            if operation.state in FINAL or operation.state is OpState.REQUESTED:
+                raise Conflict(f"{operation.id}: is {operation.state}", hint="only what waits for the guest can be")
+            removing = self._leaving.get(operation.device) is operation
+            if removing:
+                await self._core().request(CoreVerb.UNPLUG, device=operation.device, cancel=True)
+                self._leaving.pop(operation.device, None)
+                self._want(self._vm.inventory.get(operation.device))
+            else:
+                await self._core().request(CoreVerb.UNPLUG, device=operation.device, force=True)
+                self._adding.pop(operation.device, None)
+                self._unwant(operation.device)
+            self._end(operation, OpState.CANCELLED, "by request")
+        return operation
+
+    # ---- what core reports
+
+    def on_core_event(self, name: str, properties: dict[str, Any]) -> None:
+        """Follow slot.* and eject.unexpected."""
+        device = str(properties.get("device", ""))
+        self._vm.events.emit(name, **properties)
+        adding, leaving = self._adding.get(device), self._leaving.get(device)
+        if name == "slot.enumerated" and adding is not None:
+            self.operations.mark(adding, "enumerated")
+            self._adding.pop(device)
+            self._end(adding, OpState.DONE, "there since the reboot" if properties.get("how") == "reset" else "")
+        elif name == "slot.bound":
+            added = self.operations.latest(device, ADD)
+            if added is not None and added.state is OpState.DONE:
+                self.operations.mark(added, "bound")
+        elif name == "slot.ost":
+            event, status = int(properties.get("event", -1)), int(properties.get("status", -1))
+            if adding is not None and event in INSERT_EVENTS:
+                self._adding.pop(device)
+                self._end(adding, OpState.REFUSED, _said(status, _INSERT))
+            elif leaving is not None and event not in INSERT_EVENTS:
+                self._leaving.pop(device)
+                self._want(self._vm.inventory.get(device))
+                self._end(leaving, OpState.REFUSED, _said(status, _EJECT))
+        elif name == "slot.ejected":
+            self._spawn(self._finish(device, self._vm.inventory.devices.get(device), str(properties.get("how", ""))))
+        elif name == "slot.freed":
+            self._vm.inventory.unblock(int(properties.get("slot", -1)))
+
+    def _on_event(self, name: str) -> None:
+        """A machine that ended keeps nothing pending: what leaves has left, what came is there at the next boot."""
+        if name not in ("vm.shutdown", "vm.crashed"):
+            return
+        for device, operation in list(self._leaving.items()):
+            self._vm.inventory.release(device)
+            self._end(operation, OpState.DONE, "the machine ended")
+        for operation in list(self._adding.values()):
+            self._end(operation, OpState.DONE, "there at the next boot")
+        self._leaving.clear()
+        self._adding.clear()
+        self._vm.inventory.unblock()
+
+    async def _finish(self, key: str, device: Device | None, how: str) -> None:
+        """The guest has let go, or was not asked: release everything that the device had."""
+        vm, fleet = self._vm, self._fleet()
+        async with self._locked(key):
+            if vm.inventory.devices.get(key) is not device:
+                return  # taken back already, and there is another one of that name
+            await self._put_away(fleet, key)
+            if device is None:
+                return
+            vm.inventory.release(key)
+            self._unwant(key)
+            if how == "force":
+                await self._block_if_gone(device)
+            vm.events.emit("device.removed", id=key, bdf=device.bdf, how=how)
+            operation = self._leaving.pop(key, None)
+            if operation is not None:
+                self._end(operation, OpState.DONE, "" if how == "guest" else f"by {how}")
+
+    async def _block_if_gone(self, device: Device) -> None:
+        with contextlib.suppress(CellvisorError):
+            slots = (await self._core().request(CoreVerb.DEVICES)).get("slots", {})
+            if slots.get(str(device.slot)) == "gone":
+                self._vm.inventory.block(device.slot)
+
+    async def _take_back(self, fleet: Fleet, key: str) -> None:
+        """Undo whatever was done of adding a device."""
+        with contextlib.suppress(CellvisorError):  # it is not plugged, unless core's answer to PLUG got lost
+            await self._core().request(CoreVerb.UNPLUG, device=key, force=True)
+        await self._put_away(fleet, key, kill=True)
+
+    async def _put_away(self, fleet: Fleet, key: str, *, kill: bool = False) -> None:
+        """End a device's process and have core forget it; when this returns its files and locks are free."""
+        one = fleet.retire(key)
+        try:
+            await self._core().request(CoreVerb.DETACH, device=key)
+        except CellvisorError as error:
+            log.get("plug").info("%s: %s", key, error)
+        if one is not None:
+            await _ended(one, 0.0 if kill else END_TIMEOUT)
+
+    # ---- below
+
+    async def _settled(self, verb: str) -> None:
+        """Wait while the VM boots; what is asked then is done right after. Raises Conflict if there is no VM."""
+        while self._vm.booting:
+            await asyncio.sleep(0.01)
+        if self._vm.state not in ("Created", "Running", "Paused"):
+            raise Conflict(f"{verb}: the VM is {self._vm.state.lower()}", hint="create or boot it first")
+
+    def _core(self) -> Any:
+        if self._vm.core is None:
+            raise Internal("core is not there")
+        return self._vm.core
+
+    def _fleet(self) -> Fleet:
+        if self._vm.fleet is None:
+            raise Conflict("the VM has not been booted")
+        return self._vm.fleet
+
+    def _locked(self, key: str) -> asyncio.Lock:
+        lock = self._locks.get(key)
+        if lock is None:
+            lock = self._locks[key] = asyncio.Lock()
+        return lock
+
+    def _want(self, device: Device) -> None:
+        config = self._vm.config
+        others = [one for one in config.devices if one.id != device.id]
+        self._vm.config = replace(config, devices=tuple(sorted([*others, device], key=lambda one: one.slot)))
+
+    def _unwant(self, key: str) -> None:
+        config = self._vm.config
+        self._vm.config = replace(config, devices=tuple(one for one in config.devices if one.id != key),
+                                  paths={name: path for name, path in config.paths.items() if name != key})
+
+    def _notified(self, operation: Operation, timeout: float) -> None:
+        """The guest has been told; it may have answered already."""
+        if operation.state in (OpState.REQUESTED, OpState.TIMED_OUT):
+            self.operations.move(operation, OpState.NOTIFIED)
+        if operation.state is OpState.NOTIFIED:
+            self._disarm(operation)
+            loop = asyncio.get_running_loop()
+            self._timers[operation.id] = loop.call_later(timeout, self._silent, operation, timeout)
+
+    def _silent(self, operation: Operation, timeout: float) -> None:
+        self._timers.pop(operation.id, None)
+        if operation.state is OpState.NOTIFIED:
+            self.operations.move(operation, OpState.TIMED_OUT, f"the guest did nothing about it in {timeout:g} s")
+
+    def _end(self, operation: Operation, state: OpState, reason: str = "") -> None:
+        self._disarm(operation)
+        if operation.state is OpState.REQUESTED:  # core's event came before core's answer was looked at
+            self.operations.move(operation, OpState.NOTIFIED)
+        if not operation.is_over:
+            self.operations.move(operation, state, reason)
+
+    def _disarm(self, operation: Operation) -> None:
+        timer = self._timers.pop(operation.id, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+async def _ended(one: Incarnation, patience: float) -> None:
+    """Wait until a process ended, killing it after `patience` seconds."""
+    if one.pidfd < 0:
+        return
+    try:
+        if patience:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(wait_pidfd(one.pidfd), patience)
+                return
+        kill_pidfd(one.pidfd)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(wait_pidfd(one.pidfd), END_TIMEOUT)
+    finally:
+        one.close()
+
+
+def _said(status: int, meanings: dict[int, str]) -> str:
+    return f"the guest: {_GENERAL.get(status) or meanings.get(status) or 'no reason'} (_OST {status:#x})"

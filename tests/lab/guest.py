@@ -94,11 +94,46 @@ class Linux:
 
     def start(self) -> None:
         """Start the VMM; await_agent() follows."""
-        environment = {**os.environ, "XDG_RUNTIME_DIR": str(self.folder)}
         self._began = time.monotonic()
         with (self.folder / "vmm.log").open("wb") as log:
             self._process = subprocess.Popen(self._vmm(self.machine), stdin=subprocess.DEVNULL, stdout=log,
-                                             stderr=log, env=environment, start_new_session=True)
+                                             stderr=log, env=self.environment, start_new_session=True)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The environment of this VM's commands: a run directory of its own, which also marks its processes."""
+        return {**os.environ, "XDG_RUNTIME_DIR": str(self.folder)}
+
+    def ctl(self, verb: str, *arguments: str, timeout: float = 120) -> str:
+        """Run `cellvisor VERB` on this VM and return what it prints; its status must be 0."""
+        done = subprocess.run([vmms.cellvisor_command(), verb, *arguments], capture_output=True, text=True,
+                              env=self.environment, timeout=timeout, check=False)
+        if done.returncode:
+            raise GuestError(f"cellvisor {verb} gave status {done.returncode}: {done.stderr}\n{self.logs()}")
+        return done.stdout
+
+    def processes(self) -> dict[int, str]:
+        """Return {pid: command line} of every process of this VM, orphans included, zombies not."""
+        mark, found = f"XDG_RUNTIME_DIR={self.folder}".encode(), {}
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdecimal():
+                try:
+                    if mark in (entry / "environ").read_bytes().split(b"\0"):
+                        found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ").strip()
+                except OSError:
+                    continue  # ended meanwhile
+        return found
+
+    def await_end(self, timeout: float = 30) -> None:
+        """Wait until none of the VM's processes is left, and see that its run directory is gone."""
+        until = time.monotonic() + timeout
+        while left := self.processes():
+            if time.monotonic() > until:
+                raise GuestError(f"still there after the VM ended: {left}\n{self.logs()}")
+            time.sleep(0.1)
+        rest = [str(path) for path in (self.folder / "cellvisor").rglob("*")]
+        if rest:
+            raise GuestError(f"left in the run directory: {rest}")
 
     @property
     def process(self) -> subprocess.Popen[bytes]:

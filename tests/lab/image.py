@@ -128,9 +128,6 @@ def _build_l1(into: Path) -> None:
     (packages / "cellvisor.pth").write_text("/cellvisor/src\n")
     _check(["chroot", str(root), "python3", "-m", "compileall", "-q",
             f"/usr/local/lib/python{recipe.PYTHON}/dist-packages"])
-    command = root / "usr/local/bin/cellvisor"
-    command.write_text("#!/bin/sh\nexec python3 -m cellvisor.ctl.cli \"$@\"\n")
-    command.chmod(0o755)
     stock = kernel("amd64")
     say(f"adding the modules of {stock.version} and the guest kernels")
     initramfs.copy_modules(stock.modules_dir, recipe.L1_MODULES, root / "usr")

@@ -73,6 +73,7 @@ def base(modules_dir: Path, names: Iterable[str], scratch: Path) -> bytes:
     for command in commands.split():
         if command != "busybox":
             archive.link(f"bin/{command}", "busybox")
+    archive.link("sbin/modprobe", "../bin/busybox")  # where the kernel looks when it wants a module itself
     root = copy_modules(modules_dir, names, scratch)
     for path in sorted(root.rglob("*")):
         if path.is_file():

@@ -14,12 +14,17 @@ ip link set lo up
 modprobe -q -a kvm_amd virtio_console virtio_net virtio_rng tun
 echo 1 >/proc/sys/vm/overcommit_memory
 ulimit -c 0
+cat >/usr/local/bin/cellvisor <<'END'
+#!/bin/sh
+exec python3 -c 'import sys; from cellvisor.ctl.cli import main; sys.exit(main())' "$@"
+END
+chmod +x /usr/local/bin/cellvisor
 cd /cellvisor || exit 1
 read -r cmdline </proc/cmdline
 case $cmdline in
 *lab.shell*)
     echo "This is L1. The checkout is in /cellvisor, guest kernels in /lab/guests; 'exit' ends the machine."
-    setsid -c bash -l </dev/ttyS0 >/dev/ttyS0 2>&1
+    setsid -c bash -c "stty columns ${lab_columns:-80} rows ${lab_rows:-25}; exec bash -l" </dev/ttyS0 >/dev/ttyS0 2>&1
     ;;
 *)
     # In the background: process 1 then reaps, while it waits, whatever the tests leave without a parent.

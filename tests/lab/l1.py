@@ -124,7 +124,7 @@ class L1:
         return [
             # Killed with the thread that started it, should that end without close().
             setpriv, "--pdeathsig", "KILL", qemu,
-            "-accel", "tcg,thread=multi,tb-size=512", "-M", "q35,kernel-irqchip=off", "-cpu", "max",
+            "-accel", "tcg,thread=multi,tb-size=512", "-M", "q35,kernel-irqchip=off", "-cpu", "max,-xsave",
             "-smp", "1", "-m", str(MEMORY_MIB), "-no-reboot", "-nodefaults", "-no-user-config",
             "-kernel", str(parts.vmlinux), "-initrd", str(initrd),
             "-append", f"console=ttyS0 quiet loglevel=3 panic=-1 {self._cmdline}",

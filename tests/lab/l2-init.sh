@@ -8,6 +8,15 @@ mount -t devtmpfs dev /dev
 mkdir -p /dev/pts /dev/shm
 mount -t devpts pts /dev/pts
 modprobe -a virtio_pci virtio_console virtio_blk virtio_rng
+# BDF, class, vendor:device; Debian's busybox has no lspci.
+lspci() {
+    for function in /sys/bus/pci/devices/*; do
+        read -r class <"$function/class"
+        read -r vendor <"$function/vendor"
+        read -r device <"$function/device"
+        echo "${function##*/0000:} ${class#0x} ${vendor#0x}:${device#0x}"
+    done
+}
 agent=/dev/${lab_agent:-hvc0}
 tries=0
 while [ ! -c "$agent" ] && [ $tries -lt 100 ]; do

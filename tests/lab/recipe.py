@@ -41,7 +41,7 @@ L1_MODULES = (
 L2_MODULES = (
     "virtio_pci", "virtio_blk", "virtio_net", "virtio_console", "virtio_rng", "virtio_balloon", "virtio_mem",
     "virtio_pmem", "nd_virtio", "nd_pmem", "virtiofs", "vsock", "vmw_vsock_virtio_transport",
-    "crc32c_generic", "ext4", "nvme", "msr", "fuse",
+    "crc32c_generic", "ext4", "nvme", "msr", "fuse", "button", "evdev",
 )
 # The cloud flavour lacks what no cloud has.
 FLAVOURS: dict[str, tuple[str, ...]] = {"cloud": (), "amd64": ("e1000e",)}

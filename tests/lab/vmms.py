@@ -26,6 +26,12 @@ class Machine:
     args: tuple[str, ...] = field(default=())
 
 
+def cellvisor_command() -> str:
+    """Return the `cellvisor` of this Python's environment, else the one on the PATH."""
+    beside = Path(sys.executable).with_name("cellvisor")
+    return str(beside) if beside.exists() else "cellvisor"
+
+
 def cellvisor(machine: Machine) -> list[str]:
     """Return the command line of `cellvisor run`."""
     if machine.agent == "hvc0":
@@ -33,7 +39,7 @@ def cellvisor(machine: Machine) -> list[str]:
     else:
         consoles = ["--console", "off", "--serial", f"socket={machine.socket}"]
     disks = [word for disk in machine.disks for word in ("--disk", disk)]
-    return [sys.executable, "-m", "cellvisor.ctl.cli", "run", "--kernel", str(machine.kernel),
+    return [cellvisor_command(), "run", "--kernel", str(machine.kernel),
             "--initramfs", str(machine.initrd), "--cmdline", machine.cmdline, "--cpus", f"boot={machine.cpus}",
             "--memory", f"size={machine.memory}", *disks, *consoles, *machine.args]
 

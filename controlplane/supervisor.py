@@ -24,6 +24,7 @@ from cellvisor.controlplane.api import Api
 from cellvisor.controlplane.config import Payload, VmConfig
 from cellvisor.controlplane.consoles import Consoles
 from cellvisor.controlplane.corelink import CoreLink
+from cellvisor.controlplane.desk import Desk
 from cellvisor.controlplane.events import EventLog, Monitor
 from cellvisor.controlplane.flags import RunFlags
 from cellvisor.controlplane.fleet import Fleet, settle, wait_pidfd
@@ -126,7 +127,7 @@ class Supervisor:
         order = self.flags.order
         if order is not None:
             self.create(order)
-        self._api = Api(self._context, self.rundir, self.events, Verbs(self).serve)
+        self._api = Api(self._context, self.rundir, self.events, Desk(Verbs(self).serve))
         if order is not None:
             await self.boot()
 

@@ -1,41 +1,36 @@
 """The VM's API over ZeroMQ: requests at `api.sock` (ROUTER), events at `events.sock` (PUB).
 
-A request id is answered once: while it is being served and for a while after, the same request gets the same
-answer, and another request under that id is refused. Nothing a client sends can do more than fail.
+Nothing a client sends can do more than fail.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import zmq
 import zmq.asyncio
 
+from cellvisor.controlplane.desk import Desk
 from cellvisor.controlplane.events import Event, EventLog
 from cellvisor.controlplane.rundir import RunDir
 from cellvisor.core import log
-from cellvisor.core.errors import CellvisorError, Conflict, Internal, TryAgain, UsageError
+from cellvisor.core.errors import CellvisorError, Internal, TryAgain, UsageError
 from cellvisor.core.wire import places
-from cellvisor.core.wire.control import Request, parse_request, reply, request_id
+from cellvisor.core.wire.control import parse_request, reply, request_id
 from cellvisor.core.wire.messages import MAX_MESSAGE, pack, unpack
 
 MAX_SERVING = 256
-REMEMBERED = 1024
 QUEUE = 1000
 LINGER_MS = 500  # the answer to "shutdown" is still on its way when we close
-
-Serve = Callable[[Request], Awaitable[Any]]
 
 
 class Api:
     """Owns both sockets."""
 
-    def __init__(self, context: zmq.asyncio.Context, rundir: RunDir, events: EventLog, serve: Serve) -> None:
-        self._serve = serve
-        self._answers: dict[str, tuple[Request, asyncio.Task[Any]]] = {}  # oldest first
+    def __init__(self, context: zmq.asyncio.Context, rundir: RunDir, events: EventLog, desk: Desk) -> None:
+        self._desk = desk
         self._tasks: set[asyncio.Task[None]] = set()
         self._socket = context.socket(zmq.ROUTER)
         self._publisher: zmq.Socket[bytes] = zmq.Context.shadow(context).socket(zmq.PUB)
@@ -57,8 +52,9 @@ class Api:
             await self._reader
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=1.0)
-        for task in [*self._tasks, *(task for _, task in self._answers.values())]:
+        for task in self._tasks:
             task.cancel()
+        self._desk.close()
         self._socket.close()
         self._publisher.close()
 
@@ -91,37 +87,10 @@ class Api:
         try:
             body = unpack(frames[-1])
             key = request_id(body)
-            request = parse_request(body)
-            value = await asyncio.shield(self._once(request))
+            value = await self._desk.ask(parse_request(body))
         except CellvisorError as error:
             value = error
         await self._send(frames, reply(key, value))
-
-    def _once(self, request: Request) -> asyncio.Task[Any]:
-        """Return the task that serves this request id, started now or earlier."""
-        known = self._answers.get(request.id)
-        if known is not None:
-            if known[0] != request:
-                raise Conflict(f"id {request.id!r} was used for another request", hint="use a new one")
-            return known[1]
-        task = asyncio.get_running_loop().create_task(self._guarded(request))
-        self._answers[request.id] = (request, task)
-        if len(self._answers) > REMEMBERED:
-            for key, (_, old) in self._answers.items():
-                if old.done():
-                    del self._answers[key]
-                    break
-        return task
-
-    async def _guarded(self, request: Request) -> Any:
-        """Serve; errors are values, so that they can be given out again."""
-        try:
-            return await self._serve(request)
-        except CellvisorError as error:
-            return error
-        except Exception as error:
-            log.get("api").exception("serving %s", request.verb)
-            return Internal(f"{request.verb}: {type(error).__name__}: {error}")
 
     async def _send(self, frames: list[bytes], body: dict[str, Any]) -> None:
         try:

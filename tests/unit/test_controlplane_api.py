@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cellvisor.controlplane.api import Api
+from cellvisor.controlplane.desk import Desk
 from cellvisor.controlplane.events import EventLog
 from cellvisor.controlplane.rundir import RunDir, claim
 from cellvisor.core.errors import Conflict, UsageError
@@ -82,7 +83,7 @@ class Rig:
     def __init__(self, rundir: RunDir, serve: Callable[[Request], Coroutine[Any, Any, Any]]) -> None:
         self.context = zmq.asyncio.Context()
         self.events = EventLog()
-        self.api = Api(self.context, rundir, self.events, serve)
+        self.api = Api(self.context, rundir, self.events, Desk(serve))
         self.rundir = rundir
         self._made: list[zmq.asyncio.Socket] = []
 

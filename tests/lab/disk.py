@@ -13,8 +13,8 @@ from tests.lab.guest import Linux
 def make(path: Path, size: str = "64M") -> Path:
     """Make an ext4 image with a journal."""
     path.unlink(missing_ok=True)
-    subprocess.run([need("mke2fs", "e2fsprogs"), "-q", "-q", "-t", "ext4", "-E", "lazy_itable_init=1", str(path), size],
-                   check=True)
+    subprocess.run([need("mke2fs", "e2fsprogs"), "-q", "-t", "ext4", "-E", "lazy_itable_init=1", str(path), size],
+                   check=True, stdout=subprocess.DEVNULL)
     return path
 
 

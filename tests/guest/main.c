@@ -9,7 +9,7 @@ static const struct test {
     {"blk-info", test_blk_info}, {"blk-ops", test_blk_ops}, {"blk-boots", test_blk_boots},
     {"blk-move", test_blk_move},
     {"blk-write", test_blk_write}, {"blk-verify", test_blk_verify}, {"blk-bench", test_blk_bench},
-    {"rng", test_rng}, {"console", test_console}, {"script", test_script},
+    {"rng", test_rng}, {"console", test_console}, {"script", test_script}, {"hotplug", test_hotplug},
     {"hostile", test_hostile}, {"sweep", test_sweep}, {"cfgsweep", test_cfgsweep}, {"portsweep", test_portsweep},
 };
 

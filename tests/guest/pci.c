@@ -44,9 +44,9 @@ void pci_write(const struct pci *pci, unsigned offset, unsigned size, uint64_t v
     pci_raw_write(use_ecam, pci->slot, pci->function, offset, size, value);
 }
 
-static void add(unsigned slot, unsigned function, uint32_t ids)
+static void read_ids(struct pci *pci, unsigned slot, unsigned function, uint32_t ids)
 {
-    struct pci *pci = &functions[count++];
+    memset(pci, 0, sizeof *pci);
     pci->slot = (uint8_t)slot;
     pci->function = (uint8_t)function;
     pci->vendor = (uint16_t)ids;
@@ -68,7 +68,7 @@ void pci_init(void)
         for (unsigned function = 0; function < 8 && count < ARRAY_SIZE(functions); function++) {
             uint32_t ids = (uint32_t)pci_raw_read(use_ecam, slot, function, 0, 4);
             if (ids != 0xffffffff)
-                add(slot, function, ids);
+                read_ids(&functions[count++], slot, function, ids);
             if (!function && (ids == 0xffffffff || !(pci_raw_read(use_ecam, slot, 0, 0x0e, 1) & 0x80)))
                 break;
         }
@@ -80,9 +80,29 @@ struct pci *pci_at(unsigned index) { return &functions[index]; }
 struct pci *pci_find(unsigned slot)
 {
     for (unsigned i = 0; i < count; i++)
-        if (functions[i].slot == slot)
+        if (functions[i].slot == slot && functions[i].vendor != 0xffff)
             return &functions[i];
     return NULL;
+}
+
+struct pci *pci_probe(unsigned slot)
+{
+    struct pci *pci = NULL;
+    pci_init();
+    for (unsigned i = 0; i < count && !pci; i++)
+        if (functions[i].slot == slot)
+            pci = &functions[i];                        /* whoever was here, devices point to this place */
+    uint32_t ids = (uint32_t)pci_raw_read(use_ecam, slot, 0, 0, 4);
+    if (ids == 0xffffffff) {
+        if (pci)
+            pci->vendor = pci->device = 0xffff;
+        return NULL;
+    }
+    require(pci || count < ARRAY_SIZE(functions), "no room for another function");
+    if (!pci)
+        pci = &functions[count++];
+    read_ids(pci, slot, 0, ids);
+    return pci;
 }
 
 unsigned pci_capability(const struct pci *pci, unsigned id, unsigned from)

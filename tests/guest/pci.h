@@ -26,6 +26,8 @@ void pci_init(void);
 unsigned pci_count(void);
 struct pci *pci_at(unsigned index);
 struct pci *pci_find(unsigned slot);
+/* Look at function 0 of a slot again, as after hotplug; NULL if nobody is there (any more). */
+struct pci *pci_probe(unsigned slot);
 /* `size` 1, 2 or 4 (8 with ECAM only). */
 uint64_t pci_read(const struct pci *pci, unsigned offset, unsigned size);
 void pci_write(const struct pci *pci, unsigned offset, unsigned size, uint64_t value);

@@ -22,6 +22,7 @@ void test_sweep(void);
 void test_cfgsweep(void);
 void test_portsweep(void);
 void test_script(void);
+void test_hotplug(void);
 
 /* Run one test by its name; ends the run if there is none. */
 void run_test(const char *name, size_t length);

@@ -26,7 +26,7 @@ class Wanted:
 
     flag: str
     kind: str
-    text: str
+    text: str = ""
     fixed_id: str = ""
     by_verb: bool = True
     body: Mapping[str, Any] | None = field(default=None, hash=False)

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from cellvisor import __version__
+from cellvisor.controlplane import plugverbs
 from cellvisor.core.errors import CellvisorError, Internal, TryAgain
 from cellvisor.core.wire.control import Request
 from cellvisor.core.wire.messages import CoreVerb
@@ -30,7 +31,7 @@ class Verbs:
             "ping": self._ping, "info": self._info, "devices": self._devices, "events": self._events,
             "pause": change(CoreVerb.PAUSE), "resume": change(CoreVerb.RESUME),
             "reset": change(CoreVerb.RESET), "power-button": change(CoreVerb.POWER_BUTTON),
-            "shutdown": self._shutdown,
+            "shutdown": self._shutdown, **plugverbs.table(vm),
         }
 
     async def serve(self, request: Request) -> Any:
@@ -85,10 +86,12 @@ class Verbs:
             seen = {}
         workers = {one.device.id: one for one in (self._vm.fleet.latest() if self._vm.fleet else ())}
         listed = []
-        for device in self._vm.config.devices:
+        kept = {device.id for device in self._vm.config.devices}
+        for device in sorted(self._vm.inventory.devices.values(), key=lambda one: one.slot):
             entry: dict[str, Any] = {
                 "id": device.id, "type": device.type, "slot": device.slot, "bdf": device.bdf,
-                "state": "created", "options": device.options}
+                "state": "created", "options": device.options, "wanted": device.id in kept,
+                "plug": (seen.get(device.id) or {}).get("plug", "unplugged")}
             one = workers.get(device.id)
             if one is not None:
                 entry |= {"state": str(one.state), "pid": one.pid if one.is_alive else None,

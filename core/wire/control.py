@@ -10,7 +10,7 @@ One table, served over ZeroMQ (ROUTER at `api.sock`, one msgpack map per message
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -19,6 +19,7 @@ from cellvisor.core.wire.options import describe, option, validate
 
 VERSION = 1
 MAX_ID = 64
+TEXT = "="  # key of add-* verbs: the options as text, instead of one key for each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,13 +54,34 @@ class ResizeDiskArgs:
     desired_size: int = option(help="its new size in bytes", size=True)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoveArgs:
+    """What `remove-device` takes."""
+
+    id: str = option(help="name of the device")
+    timeout: float = option(30.0, help="seconds until a silent guest counts as timed out", min=0, max=86400)
+    host_only: bool = option(False, help="take the device away without asking: the guest's driver loses what it has "
+                                         "not written and may hang until the guest reboots")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpsArgs:
+    """What `ops` takes. `seen`: return as soon as the state is another one."""
+
+    action: str = option("list", help="what to do", choices=("list", "show", "wait", "cancel"))
+    id: str | None = option(None, help="an operation's id, or a device's for its latest one")
+    seen: str = option("", help="wait until the state is not this one")
+    timeout: float = option(30.0, help="seconds to wait", min=0, max=60)
+
+
 @dataclass(frozen=True, slots=True)
 class Verb:
     """One thing that a VM can be asked.
 
     `reads` verbs change nothing (GET over HTTP), `path` is Cloud Hypervisor's HTTP name below /api/v1/ if it has
     one (`http_path` is for all), `alias` the verb that really serves it. `answers`: what a change answers is a body
-    over HTTP too. `empty`: works while no VM is created. A verb that is not `ready` is refused: "not supported yet".
+    over HTTP too. `empty`: works while no VM is created. `takes_fds`: descriptors may come with it. A verb that is
+    not `ready` is refused: "not supported yet".
     """
 
     name: str
@@ -71,6 +93,7 @@ class Verb:
     ready: bool = True
     answers: bool = False
     empty: bool = False
+    takes_fds: bool = False
 
     @property
     def http_path(self) -> str:
@@ -96,14 +119,14 @@ _TABLE = (
     Verb("boot", "boot the VM that was created", path="vm.boot"),
     Verb("delete", "end the VM and forget its configuration", path="vm.delete", empty=True),
     Verb("nmi", "inject a non-maskable interrupt into every vCPU", path="vm.nmi"),
-    Verb("validate", "check a device's options without adding it", reads=True, ready=False),
-    Verb("capacity", "tell free slots and free memory room", reads=True, ready=False),
+    Verb("validate", "check a device's options without adding it", ObjectArgs, answers=True),
+    Verb("capacity", "tell free slots and free memory room", reads=True),
     Verb("resize", "change vCPUs, memory or balloon", path="vm.resize", ready=False),
     Verb("resize-zone", "change a memory zone's size", path="vm.resize-zone", ready=False),
     Verb("resize-disk", "change a disk's size", ResizeDiskArgs, path="vm.resize-disk"),
-    Verb("add-disk", "plug a disk", path="vm.add-disk", ready=False),
-    Verb("add-rng", "plug an entropy source", ready=False),
-    Verb("add-console", "plug a console", ready=False),
+    Verb("add-disk", "plug a disk", ObjectArgs, path="vm.add-disk", answers=True),
+    Verb("add-rng", "plug an entropy source", ObjectArgs, answers=True),
+    Verb("add-console", "plug a console", ObjectArgs, answers=True),
     Verb("add-net", "plug a network card", path="vm.add-net", ready=False),
     Verb("add-fs", "plug a shared directory", path="vm.add-fs", ready=False),
     Verb("add-pmem", "plug persistent memory", path="vm.add-pmem", ready=False),
@@ -112,16 +135,15 @@ _TABLE = (
     Verb("add-user-device", "plug a vfio-user device", path="vm.add-user-device", ready=False),
     Verb("add-generic-vhost-user", "plug a vhost-user device", path="vm.add-generic-vhost-user", ready=False),
     Verb("add-vdpa", "plug a vDPA device", path="vm.add-vdpa", ready=False),
-    Verb("add-virtio", "plug a device of any type", ready=False),
-    Verb("remove-device", "have the guest give a device back, then end it", path="vm.remove-device",
-         ready=False),
+    Verb("add-virtio", "plug a device of any type", ObjectArgs, answers=True),
+    Verb("remove-device", "have the guest give a device back, then end it", RemoveArgs, path="vm.remove-device"),
     Verb("restart-device", "start a new process for a failed device", ready=False),
     Verb("snapshot", "save the VM's state", path="vm.snapshot", ready=False),
     Verb("restore", "start from a saved state", path="vm.restore", ready=False),
     Verb("coredump", "write the guest's memory to a file", path="vm.coredump", ready=False),
     Verb("send-migration", "move the VM to another host", path="vm.send-migration", ready=False),
     Verb("receive-migration", "take a VM from another host", path="vm.receive-migration", ready=False),
-    Verb("ops", "list, show, wait for or cancel operations", ready=False),
+    Verb("ops", "list, show, wait for or cancel operations", OpsArgs, answers=True),
 )
 
 VERBS: Mapping[str, Verb] = MappingProxyType({verb.name: verb for verb in _TABLE})
@@ -130,11 +152,15 @@ PATHS: Mapping[str, Verb] = MappingProxyType({verb.http_path: verb for verb in _
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request that passed the table: `verb` is never an alias, `args` has every default filled in."""
+    """A request that passed the table: `verb` is never an alias, `args` has every default filled in.
+
+    `fds` came with it; what the verb does not dup() is closed when it has been answered.
+    """
 
     id: str
     verb: str
     args: dict[str, Any]
+    fds: tuple[int, ...] = field(default=(), compare=False)
 
 
 def look_up(name: object) -> Verb:

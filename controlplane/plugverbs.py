@@ -1,0 +1,76 @@
+"""The verbs that add, remove and watch devices: from checked requests to Plug, and back to plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from cellvisor.controlplane.inventory import SLOTS, Wanted
+from cellvisor.core.errors import UsageError
+from cellvisor.core.wire.control import TEXT
+
+if TYPE_CHECKING:
+    from cellvisor.controlplane.supervisor import Supervisor
+
+Handler = Callable[[dict[str, Any]], Awaitable[Any]]
+ADDS = {"add-disk": "disk", "add-rng": "rng", "add-console": "console"}
+
+
+def table(vm: Supervisor) -> dict[str, Handler]:
+    """Return verb -> handler(args); handlers raise CellvisorError."""
+
+    def adds(verb: str) -> Handler:
+        async def add(args: dict[str, Any]) -> dict[str, Any]:
+            device = await vm.plug.add(verb, wanted(verb, args))
+            return {"id": device.id, "bdf": device.bdf}
+        return add
+
+    async def remove(args: dict[str, Any]) -> dict[str, Any]:
+        operation = await vm.plug.remove(args["id"], timeout=args["timeout"], host_only=args["host_only"])
+        return {"id": operation.device, "bdf": operation.bdf, "operation": operation.id}
+
+    async def ops(args: dict[str, Any]) -> dict[str, Any]:
+        operations, action, key = vm.plug.operations, args["action"], args["id"]
+        if action == "list":
+            return {"operations": [one.as_wire() for one in operations.listed()]}
+        if key is None:
+            raise UsageError(f"ops {action}: id is missing", hint="an operation's id, or a device's for its latest")
+        if action == "wait":
+            return (await operations.wait(key, args["timeout"], args["seen"])).as_wire()
+        if action == "cancel":
+            return (await vm.plug.cancel(key)).as_wire()
+        return operations.get(key).as_wire()
+
+    async def capacity(args: dict[str, Any]) -> dict[str, Any]:
+        free = vm.inventory.free_slots()
+        return {"slots": {"total": len(SLOTS), "free": len(free), "next": free[0] if free else None},
+                "memory": {"hotplug_free": 0}}
+
+    async def validate(args: dict[str, Any]) -> dict[str, Any]:
+        options = dict(args)
+        verb = options.pop("verb", None)
+        if verb not in (*ADDS, "add-virtio"):
+            raise UsageError(f"validate: verb={str(verb)[:40]!r} is not one that adds a device",
+                             hint=f"verbs: {', '.join((*ADDS, 'add-virtio'))}")
+        device = vm.inventory.check(wanted(str(verb), options))
+        return {"id": device.id, "bdf": device.bdf, "type": device.type, "options": device.options}
+
+    return {**{verb: adds(verb) for verb in (*ADDS, "add-virtio")}, "remove-device": remove, "ops": ops,
+            "capacity": capacity, "validate": validate}
+
+
+def wanted(verb: str, args: Mapping[str, Any]) -> Wanted:
+    """Read what an add-* verb was given: a JSON object of options or, under TEXT, options as text."""
+    options = dict(args)
+    kind, by_verb = ADDS.get(verb, ""), verb in ADDS
+    if not by_verb:
+        kind = options.pop("type", None)
+        if not isinstance(kind, str) or not kind:
+            raise UsageError(f"{verb}: type={str(kind)[:40]!r} is not the name of a device type",
+                             hint="see cellvisor run --help, --device-type")
+    if TEXT not in options:
+        return Wanted(verb, kind, by_verb=by_verb, body=options)
+    text = options.pop(TEXT)
+    if options or not isinstance(text, str):
+        raise UsageError(f"{verb}: options are either text or keys")
+    return Wanted(verb, kind, text, by_verb=by_verb)

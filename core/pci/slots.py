@@ -8,6 +8,7 @@
        ^                |
        +-- call off, or _OST says no
     present --take out--> GONE (the device is away, the guest still believes in it) --_EJ0, reset--> EMPTY
+                     +--> EJECTED, where no guest has heard of it yet
 """
 
 from __future__ import annotations
@@ -147,8 +148,10 @@ class PciSlots:
         here = self._slots[slot]
         if here.state not in PRESENT and here.state is not SlotState.REMOVING:
             raise Conflict(f"PCI slot {slot} is {here.state}: there is no device to take out")
-        self._eject(slot, "force", SlotState.GONE if guest_runs else SlotState.EJECTED)
-        if guest_runs:
+        unseen = here.state is SlotState.INSERTING and bool(self._up >> slot & 1)  # the guest never heard of it
+        told = guest_runs and not unseen
+        self._eject(slot, "force", SlotState.GONE if told else SlotState.EJECTED)
+        if told:
             self._down |= 1 << slot
             self._notify()
 

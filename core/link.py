@@ -26,6 +26,9 @@ from cellvisor.core.wire.messages import PROTOCOL, ToCore, ToWorker
 from cellvisor.core.wire.spec import Spec, spec_from_wire
 
 MAX_CONFIG = 4096
+MAX_POISON = 16  # reports of one incarnation that are passed on
+HANG_SECONDS = 5.0
+IO_SECONDS = 30.0
 
 
 class WorkerState(Enum):
@@ -59,11 +62,9 @@ class Home(Protocol):
     def failed(self, link: Link, reason: str) -> None:
         """The worker cannot serve or is gone."""
 
-    def told(self, link: Link, what: str) -> None:
-        """The driver did `what`: "activated" or "reset" a device that was active."""
-
-    def unserved_reset(self, link: Link) -> None:
-        """The driver waits for a reset, and no worker is there to finish it."""
+    def told(self, link: Link, what: str, **more: Any) -> None:
+        """The driver did `what`: "activated" or "reset" a device that was active. "reset-waits": somebody must start
+        a worker to finish it; "poison": the worker refused a request that killed its predecessors."""
 
     def offer(self, connection: Connection) -> None:
         """Answer a worker that waits for its descriptors."""
@@ -78,6 +79,7 @@ class Worker:
     state: WorkerState = WorkerState.WAITING
     connection: Connection | None = None
     pid: int = 0
+    poisoned: int = 0
     calls: dict[int, Callable[[Any, CellvisorError | None], None]] = field(default_factory=dict)
 
 
@@ -104,12 +106,14 @@ class Link:
         self.pending_reset: int | None = None
         self.values: dict[str, int] = {}
         self.failure = ""
+        self.refused = False
+        self.hang_timeout, self.io_timeout = HANG_SECONDS, IO_SECONDS  # core/watchdog.py; 0: for ever
         self._calls = 0
         self._handlers: dict[str, Callable[[dict[str, Any]], None]] = {
             ToCore.HELLO: self._hello, ToCore.READY: self._ready, ToCore.RESET_DONE: self._reset_done,
             ToCore.PAUSED: lambda body: self.home.answered(self, "paused"), ToCore.CONFIG: self._config,
             ToCore.NEEDS_RESET: self._needs_reset, ToCore.FAILED: self._failed,
-            ToCore.COUNTERS: self._counters, ToCore.REPLY: self._reply,
+            ToCore.COUNTERS: self._counters, ToCore.REPLY: self._reply, ToCore.POISON: self._poison,
         }
 
     # ---- the worker of the day
@@ -118,8 +122,10 @@ class Link:
         """Accept messages of this incarnation only, from now on."""
         if self.worker is not None and generation <= self.worker.generation:
             raise Conflict(f"{self.device}: generation {generation} is not newer than {self.worker.generation}")
+        if self.worker is not None:
+            self._drop_calls(self.worker)
         self.worker = Worker(generation, token)
-        self.failure = ""
+        self.failure, self.refused = "", False
 
     @property
     def identity(self) -> str:
@@ -143,11 +149,16 @@ class Link:
         if worker is None or worker.state is WorkerState.DEAD:
             return
         worker.state = WorkerState.DEAD
-        for done in worker.calls.values():
-            done(None, CellvisorError(f"{self.device}: the device's process died", hint="try again"))
-        worker.calls.clear()
+        self._drop_calls(worker)
         self.failure = self.failure or reason
         self.home.failed(self, self.failure)
+        if self.pending_reset is not None:
+            self.home.told(self, "reset-waits")
+
+    def _drop_calls(self, worker: Worker) -> None:
+        calls, worker.calls = worker.calls, {}
+        for done in calls.values():
+            done(None, CellvisorError(f"{self.device}: the device's process died", hint="try again"))
 
     def call(self, verb: str, args: dict[str, Any], done: Callable[[Any, CellvisorError | None], None]) -> None:
         """Have the device serve a verb; `done(result, error)` is called later."""
@@ -184,7 +195,7 @@ class Link:
         if self.alive:
             self.send(ToWorker.RESET, epoch=epoch)
         else:
-            self.home.unserved_reset(self)
+            self.home.told(self, "reset-waits")
 
     def config_write(self, offset: int, data: bytes) -> None:
         """The driver wrote to device config space."""
@@ -218,7 +229,8 @@ class Link:
         worker = self._require(WorkerState.WAITING)
         if body.get("protocol") != PROTOCOL:
             raise UsageError(f"protocol {body.get('protocol')!r}, core speaks {PROTOCOL}")
-        spec = spec_from_wire(body.get("spec"))
+        drains = body.get("drain") is True and self.spec is not None
+        spec = self.spec if drains and self.spec is not None else spec_from_wire(body.get("spec"))
         if self.spec is None:
             self.spec = spec
             self.kick_fds = [_eventfd() for _ in spec.queues]
@@ -267,9 +279,17 @@ class Link:
                 self.function.needs_reset()
 
     def _failed(self, body: dict[str, Any]) -> None:
-        self.failure = str(body.get("reason", ""))[:500]
+        self.failure, self.refused = str(body.get("reason", ""))[:500], body.get("refused") is True
         if self.worker is not None and self.worker.connection is None:
             self.died(self.failure)  # no pidfd yet that would tell of its end
+
+    def _poison(self, body: dict[str, Any]) -> None:
+        worker = self._require(WorkerState.SERVING)
+        queue = body.get("queue")
+        worker.poisoned += 1
+        if worker.poisoned <= MAX_POISON and type(queue) is int:
+            self.home.told(self, "poison", generation=worker.generation, queue=queue,
+                           text=str(body.get("text", ""))[:200])
 
     def _counters(self, body: dict[str, Any]) -> None:
         values = body.get("values")

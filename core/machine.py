@@ -61,7 +61,7 @@ class Machine:
         self.vcpus: list[Vcpu] = []
         self.resets = 0
         self._barrier: Barrier | None = None
-        self._watchdog = Watchdog(server.reactor, lambda: self.links.values(), server.expel)
+        self._watchdog = Watchdog(server.reactor, server.expel)
 
     # ---- life
 
@@ -96,6 +96,7 @@ class Machine:
             if taken:
                 raise Conflict(f"attach: slot {slot} belongs to {taken[0]}")
             link = self.links[device] = Link(self, device, kind, slot)
+            self._watchdog.watch(link)
         link.expect(generation, token)
 
     @property
@@ -354,17 +355,14 @@ class Machine:
     def failed(self, link: Link, reason: str) -> None:
         """A worker is gone. The guest is not told: a successor may carry on, kicks stay in the eventfds."""
         generation = link.worker.generation if link.worker else 0
-        self._server.event("device.failed", device=link.device, generation=generation, reason=reason)
+        self._server.event("device.failed", device=link.device, generation=generation, reason=reason,
+                           refused=link.refused)
         if self._barrier is not None and self._barrier.answer == "paused":
             self._barrier.gone(link.device)
 
-    def told(self, link: Link, what: str) -> None:
-        """The driver did `what`: "activated", "reset"."""
-        self._server.event(f"device.{what}", device=link.device)
-
-    def unserved_reset(self, link: Link) -> None:
-        """Somebody must start a successor, or a machine reset and the guest's driver wait in vain."""
-        self._server.event("device.reset-waits", device=link.device)
+    def told(self, link: Link, what: str, **more: Any) -> None:
+        """The driver did `what`: "activated", "reset"; or "reset-waits", "poison": see CoreVerb."""
+        self._server.event(f"device.{what}", device=link.device, **more)
 
     def offer(self, connection: Connection) -> None:
         """Answer a worker that waits for its descriptors."""

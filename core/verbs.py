@@ -49,6 +49,9 @@ class Verbs:
         if not 1 <= slot <= MAX_PCI_SLOT:
             raise UsageError(f"attach: slot {slot} is outside 1..{MAX_PCI_SLOT}")
         self._machine.attach(device, kind, slot, generation, token)
+        link = self._machine.links[device]
+        link.hang_timeout = _seconds(args, "hang_timeout", link.hang_timeout)
+        link.io_timeout = _seconds(args, "io_timeout", link.io_timeout)
         reply({})
 
     def _plug(self, args: dict[str, Any], reply: Reply) -> None:
@@ -121,6 +124,13 @@ class Verbs:
     def _quit(self, args: dict[str, Any], reply: Reply) -> None:
         reply({})
         self._machine.quit()
+
+
+def _seconds(args: dict[str, Any], key: str, default: float) -> float:
+    value = args.get(key, default)
+    if type(value) not in (int, float) or not 0 <= value < 1e6:
+        raise UsageError(f"{key}={value!r}: no number of seconds")
+    return float(value)
 
 
 def _describe(link: Link) -> dict[str, Any]:

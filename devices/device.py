@@ -55,6 +55,18 @@ class Host(Protocol):
     def kick(self, index: int) -> None:
         """Have on_queue(index) called again soon (after a back end became ready)."""
 
+    def enter_syscall(self) -> None:
+        """Say that a call begins which may block for long (disk I/O): its limit is io_timeout, not hang_timeout."""
+
+    def leave_syscall(self) -> None:
+        """Say that it has ended."""
+
+    def save(self, data: bytes, version: int = 1) -> None:
+        """Keep `data` for the next incarnation, all or nothing (room: Spec.private_size). Not before on_activate."""
+
+    def load(self) -> tuple[int, bytes]:
+        """Return (version, data) as last saved, by whichever incarnation; (0, b"") if nothing was."""
+
     def log(self, text: str) -> None:
         """Write a warning to the VM's log, named after the device."""
 
@@ -77,7 +89,10 @@ class Device(Protocol):
         """Say what the guest sees. Read once, after __init__."""
 
     def on_queue(self, index: int, queue: Queue) -> None:
-        """Serve queue `index`: harvest chains, complete them. Runs after a kick; must not block long."""
+        """Serve queue `index`: harvest chains, begin() and complete() each. Runs after a kick; must not block long.
+
+        begin() is for requests, not for input buffers: one that kills its process again and again is told by it.
+        """
 
 
 class DeviceBase:
@@ -110,6 +125,16 @@ class DeviceBase:
         from cellvisor.core.errors import UsageError
 
         raise UsageError(f"{type(self).__name__.lower()} has no verb {verb!r}")
+
+    @staticmethod
+    def drain(index: int, chain: Chain) -> int | None:
+        """Answer a request of queue `index` as failed, without a device: return how many bytes were written, or
+        None to keep it (an input buffer, which must not come back empty)."""
+        return 0
+
+    @staticmethod
+    def fence(options: Any) -> None:
+        """Return when no I/O of an incarnation that died can be under way any more, without doing any."""
 
     def counters(self) -> dict[str, int]:
         """Return the device's counters since this incarnation began."""

@@ -136,7 +136,8 @@ class Nursery:
 
     def _spawn(self, body: dict[str, Any]) -> None:
         entry = self._catalog.get(body.get("type"))
-        who = worker.Incarnation(_text(body, "device"), _whole(body, "generation"), _text(body, "token"))
+        who = worker.Incarnation(_text(body, "device"), _whole(body, "generation"), _text(body, "token"),
+                                 suspect=body.get("suspect") is True, drain=body.get("drain") is True)
         around = worker.Surroundings(_text(body, "run_dir"), self._core_pidfd, self._verbosity,
                                      self._log_path)
         options = body.get("options")

@@ -1,8 +1,8 @@
 """The one main loop of every device process: plain epoll around rings, core's messages and the device.
 
     main() -> HELLO -> take descriptors -> READY -> idle <-> active <-> paused -> END
-The nursery calls run() in a forked child; the ZeroMQ context is made here, after the fork. The loop ends
-with END, with core (its pidfd or the descriptor socket hangs up), or with FAILED and exit status 1.
+The nursery calls run() in a forked child; the ZeroMQ context is made here, after the fork. The loop ends with END,
+with core, or with FAILED and exit status 1; a drain incarnation (devices/drain.py) with the reset it is there for.
 """
 
 from __future__ import annotations
@@ -21,25 +21,29 @@ import zmq
 from cellvisor.core import log
 from cellvisor.core.errors import CellvisorError, Internal, RingError
 from cellvisor.core.mem.view import GuestMemory
-from cellvisor.core.ring.queue import Queue, QueueConfig
+from cellvisor.core.ring.queue import Chain, Queue, QueueConfig
 from cellvisor.core.ring.state import StateMap
-from cellvisor.core.wire import fdpass
-from cellvisor.core.wire.messages import MAX_MESSAGE, PROTOCOL, ToCore, ToWorker, pack, unpack
+from cellvisor.core.wire.messages import PROTOCOL, ToCore, ToWorker, unpack
 from cellvisor.core.wire.options import build
-from cellvisor.core.wire.places import CORE, FDS
 from cellvisor.core.wire.reactor import Reactor
-
-ANSWER_SECONDS = 30.0  # core answers in well under a millisecond; it may be booting a big guest
-LINGER_MS = 1000
+from cellvisor.devices.channel import Channel
+from cellvisor.devices.device import DeviceBase
+from cellvisor.devices.drain import Drain
+from cellvisor.devices.poison import Quarantine, absolve
 
 
 @dataclass(frozen=True, slots=True)
 class Incarnation:
-    """Who this process is: one life of one device."""
+    """Who this process is: one life of one device.
+
+    `suspect`: its predecessor brought its death on itself; `drain`: it answers for a device that is given up.
+    """
 
     device: str
     generation: int
     token: str
+    suspect: bool = False
+    drain: bool = False
 
     @property
     def identity(self) -> str:
@@ -71,17 +75,14 @@ class Worker:
         self._kicks: list[int] = []
         self._calls: list[int] = []
         self._paused = False
+        self._postponed: dict[str, Any] | None = None  # an ACTIVATE that waits for RESUME
+        self._suspect = who.suspect
+        self._quarantine: Quarantine | None = None
         self._config_size = 0
         self._memory: GuestMemory | None = None
         self._state: StateMap | None = None
-        self._context = zmq.Context()
-        self._core: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
-        self._core.setsockopt(zmq.IDENTITY, who.identity.encode())
-        self._core.setsockopt(zmq.LINGER, LINGER_MS)
-        self._core.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE)
-        self._core.connect(f"ipc://{os.path.join(around.run_dir, CORE)}")
-        self._fds = fdpass.connect(os.path.join(around.run_dir, FDS))
-        self._fds.settimeout(ANSWER_SECONDS)
+        self._channel = Channel(who.identity, around.run_dir)
+        self._send = self._channel.send
         if around.core_pidfd >= 0:
             self.reactor.add(around.core_pidfd, lambda events: self._core_is_gone())
         self._verbs: dict[str, Callable[[dict[str, Any]], None]] = {
@@ -95,37 +96,41 @@ class Worker:
     def main(self, cls: type[Any], options: dict[str, Any]) -> int:
         """Serve until the end; returns the exit status."""
         try:
-            self._device = cls(build(cls.Options, options, self.who.device), self)
+            wanted = build(cls.Options, options, self.who.device)
+            self._device = Drain(cls, wanted, self) if self.who.drain else cls(wanted, self)
             self._greet()
-            self.reactor.add_zmq(self._core, self._message)
-            self.reactor.add(self._fds.fileno(), self._fds_event, select.EPOLLIN | select.EPOLLRDHUP)
+            self.reactor.add_zmq(self._channel.messages, self._message)
+            self.reactor.add(self._channel.fds.fileno(), self._fds_event, select.EPOLLIN | select.EPOLLRDHUP)
             self.reactor.run()
             if self._device is not None and self.status == 0:
                 self._device.close()
         except Exception as error:
             self._fail(error)
         finally:
-            self._core.close()
-            self._context.term()
+            self._channel.close()
         return self.status
 
     def _greet(self) -> None:
-        spec = self._device.spec
-        self._config_size = len(spec.config)
-        self._send(ToCore.HELLO, spec=spec.as_wire(), type=self.kind, pid=os.getpid(), protocol=PROTOCOL)
-        body, fds = self._ask({"take": True})
+        about: dict[str, Any] = {"drain": True}
+        if not self.who.drain:
+            self._config_size = len(self._device.spec.config)
+            about = {"spec": self._device.spec.as_wire()}
+        self._send(ToCore.HELLO, **about, type=self.kind, pid=os.getpid(), protocol=PROTOCOL)
+        body, fds = self._channel.ask({"take": True})
         given = dict(zip(body.get("names", ()), fds, strict=True))
         try:
             self._memory = GuestMemory(given["ram"], given["table"])
             self._state = StateMap(given["state"])
-            self._kicks = [given[f"kick{index}"] for index in range(len(spec.queues))]
-            self._calls = [given[f"call{index}"] for index in range(len(spec.queues))]
+            queues = range(len(self._state.layout.queue_sizes))
+            self._kicks = [given[f"kick{index}"] for index in queues]
+            self._calls = [given[f"call{index}"] for index in queues]
             ping = given["ping"]
         except KeyError as error:
             raise Internal(f"core gave no descriptor {error.args[0]!r}") from None
         for name in ("ram", "table", "state"):
             os.close(given[name])
         self._state.generation = self.generation
+        self._state.leave_syscall()  # a predecessor may have died in one
         self.reactor.add(ping, lambda events: self._ping(ping))
         self._send(ToCore.READY)
 
@@ -140,18 +145,16 @@ class Worker:
         else:
             self._log.error("%s", traceback.format_exc().rstrip())
         reason = str(error) if isinstance(error, CellvisorError) else f"{type(error).__name__}: {error}"
-        self._send(ToCore.FAILED, reason=reason)
+        refused = isinstance(error, CellvisorError) and self._state is None
+        self._send(ToCore.FAILED, reason=reason, refused=refused)
 
     def _core_is_gone(self) -> None:
         self._log.info("core is gone")
-        self._core.setsockopt(zmq.LINGER, 0)
+        self._channel.forget()
         self.reactor.stop()
 
     def _fds_event(self, events: int) -> None:
-        try:
-            if fdpass.receive(self._fds) is None:
-                self._core_is_gone()
-        except OSError:
+        if not self._channel.is_open():
             self._core_is_gone()
 
     def _ping(self, fd: int) -> None:
@@ -160,12 +163,6 @@ class Worker:
             self._state.echo = self._state.ping
 
     # ---- messages
-
-    def _send(self, kind: ToCore, **body: Any) -> None:
-        try:
-            self._core.send(pack({"k": kind, **body}), zmq.NOBLOCK)
-        except zmq.Again:
-            self._log.error("core takes no messages: %s dropped", kind)
 
     def _message(self, frames: list[bytes]) -> None:
         try:
@@ -187,26 +184,44 @@ class Worker:
         for broken in list(self._queues) if index is None else [index]:
             self.reactor.remove(self._kicks[broken])
             self._queues.pop(broken).close()
+            if self._quarantine is not None:
+                self._quarantine.drop(broken)
         self._log.warning("the guest broke a rule: %s", error)
         self._send(ToCore.NEEDS_RESET, reason=str(error))
 
     def _activate(self, body: dict[str, Any]) -> None:
         assert self._memory is not None
         assert self._state is not None
+        self._paused = body.get("paused") is True
+        self._postponed = body if self._paused else None
+        if self._paused:
+            return  # recovery writes to guest memory
         self._drop_queues(forget=False)
         epoch, features = body["epoch"], body["features"]
         self._state.features = features
         self._state.epoch = epoch
         self._device.on_activate(features)
+        recovered: list[tuple[Queue, list[Chain]]] = []
         for one in body["queues"]:
             index = one["index"]
             config = QueueConfig(one["size"], one["desc"], one["avail"], one["used"])
             queue = Queue(index, self._state, self._memory, config, features, self._calls[index], epoch=epoch)
-            queue.requeue(queue.recover())
             self._queues[index] = queue
-        self._paused = body.get("paused") is True
-        if not self._paused:
-            self._listen()
+            recovered.append((queue, queue.recover()))
+        if self._suspect:
+            self._quarantine = Quarantine(recovered, self.kick, self._refuse)
+        else:
+            absolve(recovered)
+        self._suspect = False  # what begins from now on is this incarnation's
+        self._listen()
+
+    def _refuse(self, queue: Queue, chain: Chain) -> None:
+        """Fail a request that killed its process whenever it ran alone."""
+        text = f"queue {queue.index}, head {chain.head}, begins {chain.read(16).hex(' ', 4)}"
+        self._log.error("a request killed this device's process %d times and is refused: %s", chain.starts, text)
+        queue.complete(chain, getattr(type(self._device), "drain", DeviceBase.drain)(queue.index, chain) or 0)
+        queue.publish()
+        self._send(ToCore.POISON, queue=queue.index, text=text)
 
     def _listen(self) -> None:
         """Watch the kicks and kick every queue: what was offered while nobody listened is waiting."""
@@ -230,6 +245,7 @@ class Worker:
     def _drop_queues(self, *, forget: bool) -> None:
         for index in self._queues:
             self.reactor.remove(self._kicks[index])
+        self._quarantine = None
         queues, self._queues = self._queues, {}
         for queue in queues.values():
             if forget:
@@ -241,9 +257,11 @@ class Worker:
         self._device.on_reset()
         self._drop_queues(forget=True)
         self._state.epoch = 0
-        self._paused = False
+        self._paused, self._postponed = False, None
         self._counters()
         self._send(ToCore.RESET_DONE, epoch=body["epoch"])
+        if self.who.drain:
+            self.reactor.stop()
 
     def _pause(self, body: dict[str, Any]) -> None:
         if not self._paused:
@@ -256,7 +274,9 @@ class Worker:
         self._send(ToCore.PAUSED)
 
     def _resume(self, body: dict[str, Any]) -> None:
-        if self._paused:
+        if self._postponed is not None:
+            self._activate({**self._postponed, "paused": False})
+        elif self._paused:
             self._paused = False
             self._device.on_resume()
             self._listen()
@@ -297,12 +317,12 @@ class Worker:
         self.reactor.cancel(timer)
 
     def deposit(self, name: str, fd: int) -> None:
-        body, _ = self._ask({"deposit": name}, fd)
+        body, _ = self._channel.ask({"deposit": name}, fd)
         if not body.get("ok"):
             raise Internal(f"core does not store descriptor {name!r}: {body.get('error')}")
 
     def take(self, name: str) -> int | None:
-        body, fds = self._ask({"get": name})
+        body, fds = self._channel.ask({"get": name})
         return fds[0] if body.get("ok") and fds else None
 
     def set_config(self, data: bytes) -> None:
@@ -317,19 +337,23 @@ class Worker:
         if index in self._queues:
             os.eventfd_write(self._kicks[index], 1)
 
+    def enter_syscall(self) -> None:
+        if self._state is not None:
+            self._state.enter_syscall()
+
+    def leave_syscall(self) -> None:
+        if self._state is not None:
+            self._state.leave_syscall()
+
+    def save(self, data: bytes, version: int = 1) -> None:
+        if self._state is not None:
+            self._state.save_private(data, version)
+
+    def load(self) -> tuple[int, bytes]:
+        return self._state.load_private() if self._state is not None else (0, b"")
+
     def log(self, text: str) -> None:
         self._log.warning("%s", text)
-
-    def _ask(self, body: dict[str, Any], *fds: int) -> tuple[dict[str, Any], list[int]]:
-        """Ask on the descriptor socket and wait for the answer."""
-        try:
-            fdpass.send(self._fds, {"identity": self.who.identity, **body}, fds)
-            answer = fdpass.receive(self._fds)
-        except TimeoutError:
-            raise Internal(f"core gave no answer to {next(iter(body))} in {ANSWER_SECONDS:.0f} s") from None
-        if answer is None:
-            raise Internal("core hung up on the descriptor socket")
-        return answer
 
 
 def _drain(fd: int) -> None:

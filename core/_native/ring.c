@@ -403,7 +403,9 @@ int64_t cv_queue_write(struct cv_queue *queue, uint16_t head, uint64_t counter, 
     if (!entry)
         return CV_WRITE_REFUSED;
     STORE(entry->used_len, done + size);
-    count = write(fd, data, size);
+    do
+        count = write(fd, data, size);
+    while (count < 0 && errno == EINTR);
     error = errno;
     if (count != (ssize_t)size)
         STORE(entry->used_len, done + (count > 0 ? (uint32_t)count : 0));

@@ -11,6 +11,7 @@ import mmap
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from time import monotonic_ns
 from typing import Any
 
 from cellvisor.core._native import _native
@@ -93,6 +94,7 @@ class StateMap:
         self._buffer = ffi.from_buffer(self._map, require_writable=True)
         self._base = ffi.cast("uint8_t *", self._buffer)
         self.c = ffi.cast("struct cv_state *", self._buffer)
+        self._since, self._store_word = ffi.addressof(self.c, "in_syscall_since"), lib.cv_word_store
         try:
             self.layout = self._check(size)
         except BaseException:
@@ -171,6 +173,14 @@ class StateMap:
     def in_syscall_since(self, value: int) -> None:
         self._store("in_syscall_since", value)
 
+    def enter_syscall(self) -> None:
+        """Note that blocking I/O begins now."""
+        self._store_word(self._since, monotonic_ns())
+
+    def leave_syscall(self) -> None:
+        """Note that it has ended."""
+        self._store_word(self._since, 0)
+
     def area(self, index: int) -> tuple[Any, Any]:
         """Return queue `index`'s entry and area as C pointers."""
         ffi = self.native.ffi
@@ -208,7 +218,7 @@ class StateMap:
     def close(self) -> None:
         """Unmap; queues on this state must be closed before."""
         if not self._map.closed:
-            self.c = self._base = self.native.ffi.NULL
+            self.c = self._base = self._since = self.native.ffi.NULL
             self.native.ffi.release(self._buffer)
             self._map.close()
 

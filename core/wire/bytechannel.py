@@ -29,6 +29,7 @@ from cellvisor.core.wire.reactor import Reactor
 
 BACKLOG = 64 << 10
 PROBE_SECONDS = 0.2  # opening a pty's slave wakes nobody who watches its master
+Put = Callable[[int, Any], int]
 MODES = ("off", "null", "tty", "pty", "file", "socket")
 
 
@@ -138,8 +139,8 @@ class ByteChannel:
             self._hang_up(self._in)
         return data
 
-    def write(self, data: bytes | memoryview) -> int:
-        """Take what fits and return how many bytes that were; the rest after `on_output`."""
+    def write(self, data: bytes | memoryview, put: Put = os.write) -> int:
+        """Take what fits and return how many bytes that were; the rest after `on_output`. `put` stands for os.write."""
         if not self.there:
             if self.mode in ("pty", "socket"):
                 self._remember(data)
@@ -148,11 +149,16 @@ class ByteChannel:
             self._want_output = True
             self._update()
             return 0
-        done = self._write_some(data)
+        done = self._write_some(data, put)
         if done < len(data):
             self._want_output = True
             self._update()
         return done
+
+    def size(self) -> int | None:
+        """Return how long the file is that the bytes go to, None if it is no file."""
+        status = os.fstat(self._out) if self.mode == "file" and self._out >= 0 else None
+        return status.st_size if status is not None and stat.S_ISREG(status.st_mode) else None
 
     def want_input(self, wanted: bool) -> None:
         """Say whether `on_input` shall be called; say no while there is no room for bytes."""
@@ -307,11 +313,11 @@ class ByteChannel:
             del self._backlog[: self._write_some(bytes(self._backlog))]
         return not self._backlog
 
-    def _write_some(self, data: bytes | memoryview) -> int:
+    def _write_some(self, data: bytes | memoryview, put: Put = os.write) -> int:
         done = 0
         while done < len(data) and self._out >= 0:
             try:
-                done += os.write(self._out, data[done:])
+                done += put(self._out, data[done:])
             except BlockingIOError:
                 break
             except OSError as error:

@@ -14,11 +14,13 @@ Worker <-> core (ZeroMQ, worker DEALER, core ROUTER; identity `<device>/<generat
       | <--- CONFIG_WRITE {offset, data}
       | CONFIG {data}          --->  |   new device config bytes; core raises the config interrupt
       | NEEDS_RESET {reason}   --->  |   the guest broke a rule
-      | FAILED {reason}        --->  |   cannot serve (open failed, lock held by ...)
+      | FAILED {reason, refused} --> |   cannot serve (refused: open failed, lock held by ...; else a mistake)
+      | POISON {queue, text}   --->  |   a request that killed its worker thrice was refused
       | COUNTERS {values}      --->  |
       | <--- CALL {id, verb, args}   REPLY {id, ok|error} --->   e.g. resize a disk or a console
       | <--- END {}                  |   release and exit 0
 
+A drain incarnation says HELLO {drain: true}: it fails all requests until a RESET, and ends with RESET_DONE.
 Frames are [identity][body]; body is {"k": kind, ...}. A message whose identity is unknown is dropped.
 """
 
@@ -46,6 +48,7 @@ class ToCore(StrEnum):
     CONFIG = "config"
     NEEDS_RESET = "needs-reset"
     FAILED = "failed"
+    POISON = "poison"
     COUNTERS = "counters"
     REPLY = "reply"
 
@@ -66,8 +69,9 @@ class CoreVerb(StrEnum):
     """What the controlplane asks of core: {"id", "verb", "args"} -> {"id", "ok"} or {"id", "error"}.
 
     CONFIGURE, then ATTACH for each device before its worker is forked, "device.ready" for all, BOOT. Events come
-    without an id as {"event", "properties"}: device.ready and device.failed {device, generation, reason}, vm.booting,
-    booted, paused, resumed, rebooting, rebooted, shutdown (the guest powered off), crashed {reason}.
+    without an id as {"event", "properties"}: device.ready, device.failed {device, generation, reason, refused},
+    device.poison {queue, text}, device.reset-waits {device} (nobody is there to finish a reset), vm.booting, booted,
+    paused, resumed, rebooting, rebooted, shutdown (the guest powered off), crashed {reason}.
     PLUG {device} shows an attached device to a running guest, UNPLUG {device, force?, cancel?} has the guest give it
     back, DETACH {device} forgets one that is in no slot. Events: slot.enumerated {device, slot, how: ost|driver|reset},
     slot.bound, slot.ost {event, status}, slot.ejected {how: guest|reset|force}, slot.freed, eject.unexpected.

@@ -1,7 +1,8 @@
 """A raw file or block device as a disk: vectored synchronous I/O, holes, and the lock that fences it.
 
-Each process opens and locks the image itself (whole-file OFD lock, exclusive for writers): the kernel gives
-the lock back only when the last request of a dead holder has ended. Knows nothing of guests or rings.
+Each process opens and locks the image itself (whole-file OFD lock, exclusive for writers): the kernel gives the
+lock back only when the last request of a dead holder has ended, so who has it may replay. A read-only disk shares
+the lock, which tells nothing: its I/O is synchronous and ends with the process. Knows nothing of guests or rings.
 """
 
 from __future__ import annotations
@@ -13,16 +14,22 @@ import mmap
 import os
 import stat
 import struct
+import time
 from collections.abc import Callable, Sequence
 
+from cellvisor.core import log
 from cellvisor.core._native import _native
 from cellvisor.core.errors import Conflict, UsageError
 
 SECTOR = 512
 CHUNK = 1 << 20
+FENCE_SECONDS = 10.0  # a killed process leaves I/O behind for up to 55 ms as measured; storage may be sick
+TELL_SECONDS = 0.5
 _IOV_MAX = os.sysconf("SC_IOV_MAX")
 _FLOCK = struct.Struct("@hhqqi4x")  # struct flock of 64-bit Linux: type, whence, start, len, pid
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL)
+
+NOBODY = "a process that cannot be seen from here"
 
 Views = Sequence[memoryview]
 
@@ -31,10 +38,11 @@ class Disk:
     """An open, locked image. Offsets and sizes are bytes; every failure of I/O is an OSError.
 
     `size` is fixed while it is open; `logical` is the block size that direct I/O needs, `physical` the
-    one that is fast. Raises UsageError or Conflict naming the path if it cannot be opened or locked.
+    one that is fast. Raises UsageError or Conflict naming the path if it cannot be opened or locked; the
+    lock is waited for up to `patience` seconds.
     """
 
-    def __init__(self, path: str, *, readonly: bool = False, direct: bool = False) -> None:
+    def __init__(self, path: str, *, readonly: bool = False, direct: bool = False, patience: float = 0.0) -> None:
         self.path, self.readonly = path, readonly
         self._direct = direct
         flags = (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
@@ -49,7 +57,7 @@ class Disk:
             raise UsageError(f"path={path}: {error.strerror}", hint=hint) from None
         try:
             self._measure()
-            lock(self.fd, path, exclusive=not readonly)
+            lock(self.fd, path, exclusive=not readonly, patience=patience)
         except BaseException:
             os.close(self.fd)
             raise
@@ -196,16 +204,59 @@ def _scatter(source: memoryview, views: Views) -> None:
         at += len(view)
 
 
-def lock(fd: int, path: str, *, exclusive: bool) -> None:
-    """Take the whole-file OFD lock. Raises Conflict naming the process that holds it."""
-    kind = fcntl.F_WRLCK if exclusive else fcntl.F_RDLCK
-    try:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
-    except OSError as error:
-        if error.errno not in (errno.EAGAIN, errno.EACCES):
-            raise UsageError(f"path={path} cannot be locked: {error.strerror}") from None
+def lock(fd: int, path: str, *, exclusive: bool, patience: float = 0.0) -> None:
+    """Take the whole-file OFD lock, waiting for it up to `patience` seconds. Raises Conflict naming its holder."""
+    wanted = _FLOCK.pack(fcntl.F_WRLCK if exclusive else fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
+
+    def try_it() -> bool:
+        try:
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, wanted)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise UsageError(f"path={path} cannot be locked: {error.strerror}") from None
+            return False
+        return True
+
+    if not _wait_for(try_it, lambda: f"path={path}: its lock is held by {holder(fd)}: waiting", patience):
         raise Conflict(f"path={path} is in use by {holder(fd)}", code="locked",
-                       hint="several may read it (readonly=on), one alone may write") from None
+                       hint="several may read it (readonly=on), one alone may write")
+
+
+def wait_released(path: str, patience: float = FENCE_SECONDS) -> None:
+    """Return when no I/O of a dead process can be under way on `path`, without taking the lock.
+
+    So it is when nobody holds the lock, or a process that lives: it got it from the dead one. A path that
+    is gone has no I/O that matters. Raises Conflict if a holder that nobody can see stays `patience` seconds.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return
+
+    def released() -> bool:
+        query = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+        return _FLOCK.unpack(query)[0] == fcntl.F_UNLCK or holder(fd) != NOBODY
+
+    try:
+        if not _wait_for(released, lambda: f"path={path}: I/O of a dead process is under way: waiting", patience):
+            raise Conflict(f"path={path}: I/O of a dead process has been under way for {patience:g} s",
+                           hint="the storage below it does not answer")
+    finally:
+        os.close(fd)
+
+
+def _wait_for(condition: Callable[[], bool], what: Callable[[], str], patience: float) -> bool:
+    began, pause, told = time.monotonic(), 0.0005, False
+    while not condition():
+        waited = time.monotonic() - began
+        if waited >= patience:
+            return False
+        if waited >= TELL_SECONDS and not told:
+            told = True
+            log.get("disk").warning("%s", what())
+        time.sleep(pause)
+        pause = min(2 * pause, 0.01)
+    return True
 
 
 def holder(fd: int) -> str:
@@ -219,4 +270,4 @@ def holder(fd: int) -> str:
                     if any(line.startswith("lock:") and name in line for line in info):
                         with open(f"/proc/{pid}/comm") as comm:
                             return f"{comm.read().strip()} (pid {pid})"
-    return "a process that cannot be seen from here"
+    return NOBODY

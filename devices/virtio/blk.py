@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from cellvisor.core.abi import virtio
 from cellvisor.core.errors import RingError, UsageError
-from cellvisor.devices.backends.disk import SECTOR, Disk, drop, take
+from cellvisor.devices.backends.disk import FENCE_SECONDS, SECTOR, Disk, drop, take, wait_released
 from cellvisor.devices.device import Chain, DeviceBase, DeviceOptions, Host, Queue, Spec, option
 
 MAX_SEGMENTS = 32              # of one discard; a page full would be 256
@@ -52,7 +52,8 @@ class Blk(DeviceBase):
         for pin in options.queue_affinity:
             if pin.queue_index >= options.num_queues:
                 raise UsageError(f"queue_affinity: queue {pin.queue_index} of {options.num_queues} queues")
-        self.disk = Disk(options.path, readonly=options.readonly, direct=options.direct)
+        self.disk = Disk(options.path, readonly=options.readonly, direct=options.direct,
+                         patience=FENCE_SECONDS if host.generation > 1 else 0.0)
         self._pin(sorted({cpu for pin in options.queue_affinity for cpu in pin.host_cpus}))
         self._sectors = self.disk.size // SECTOR
         self._write_through = False
@@ -111,6 +112,7 @@ class Blk(DeviceBase):
         serve = self._serve.get(kind)
         written, status = 0, virtio.BLK_S_UNSUPP
         if serve is not None:
+            self.host.enter_syscall()
             try:
                 written, status = serve(chain, sector, room), virtio.BLK_S_OK
             except Refused as refusal:
@@ -121,6 +123,8 @@ class Blk(DeviceBase):
                 self._counts["errors"] += 1
                 if self._counts["errors"] <= 10:  # a broken disk must not fill the log
                     self.host.log(f"request type {kind} at sector {sector}: {error}")
+            finally:
+                self.host.leave_syscall()
         chain.write(bytes([status]), room)
         return written + 1
 
@@ -183,6 +187,17 @@ class Blk(DeviceBase):
                 raise Refused(virtio.BLK_S_IOERR)
             segments.append((self._place(sector, count * SECTOR), count * SECTOR, flags))
         return segments
+
+    @staticmethod
+    def drain(index: int, chain: Chain) -> int | None:
+        if not chain.writable_size:
+            return 0
+        chain.write(bytes([virtio.BLK_S_IOERR]), chain.writable_size - 1)
+        return 1
+
+    @staticmethod
+    def fence(options: Any) -> None:
+        wait_released(options.path)
 
     def counters(self) -> dict[str, int]:
         return dict(self._counts)

@@ -1,12 +1,14 @@
 """virtio-console (virtio 1.2, 5.3), one port: the guest's hvc0 on a terminal, pty, file or socket.
 
-Bytes that left are noted in the request's progress, so that the next incarnation goes on after them; input
-is taken only while the driver has a buffer for it. Terminals, ptys and sockets live in core's store.
+Bytes that leave are noted in the request's progress, so that the next incarnation goes on after them; in a file
+they are counted instead, from where the request began. Input is taken only while the driver has a buffer for it.
+Terminals, ptys and sockets live in core's store.
 """
 
 from __future__ import annotations
 
 import os
+import struct
 from collections import deque
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,6 +20,7 @@ from cellvisor.devices.device import Chain, DeviceBase, DeviceOptions, Host, Que
 
 RX, TX = 0, 1
 MAX_INPUT = 4096
+ORIGIN = struct.Struct("=Qq")  # private state: the counter of a request and the file's size when it began
 STORED = ("pty", "listener", "client", "tty", "tty-in")
 
 
@@ -38,6 +41,8 @@ class Console(DeviceBase):
         super().__init__(options, host)
         self._sending: deque[Chain] = deque()
         self._room: deque[Chain] = deque()
+        self._begun: Chain | None = None
+        self._origin = (-1, 0)
         self._paused = False
         self._counts = {"read_bytes": 0, "write_bytes": 0}
         stored = {name: fd for name in STORED if (fd := host.take(name)) is not None}
@@ -52,10 +57,16 @@ class Console(DeviceBase):
     @property
     def spec(self) -> Spec:
         return Spec(virtio_id=ID_CONSOLE, pci_class=0x078000, queues=(256, 256), features=CONSOLE_F_SIZE,
-                    config=self._config(), title="virtio-console", counters=tuple(self._counts))
+                    config=self._config(), title="virtio-console", counters=tuple(self._counts),
+                    private_size=ORIGIN.size)
 
     def _config(self) -> bytes:
         return CONSOLE_CONFIG.pack(self._columns, self._rows, 0, 0)
+
+    def on_activate(self, features: int) -> None:
+        _, saved = self.host.load()
+        if len(saved) == ORIGIN.size:
+            self._origin = ORIGIN.unpack(saved)
 
     def on_queue(self, index: int, queue: Queue) -> None:
         if index == RX:
@@ -71,16 +82,32 @@ class Console(DeviceBase):
 
     def _send(self, queue: Queue, chain: Chain) -> bool:
         """Write what is left of `chain`; False if the channel is full."""
+        if chain is not self._begun:
+            self._begin(queue, chain)
         while chain.resume < chain.readable_size:
             data = chain.read(min(MAX_INPUT, chain.readable_size - chain.resume), chain.resume)
-            done = self._channel.write(data)
-            if done:
-                chain.resume += done
+            before = chain.resume
+            done = self._channel.write(data, lambda fd, part: queue.write(chain, fd, part))
+            if chain.resume != before + done:  # nobody is there who could take them
+                chain.resume = before + done
                 queue.progress(chain, chain.resume)
-                self._counts["write_bytes"] += done
+            self._counts["write_bytes"] += done
             if done < len(data):
                 return False
         return True
+
+    def _begin(self, queue: Queue, chain: Chain) -> None:
+        queue.begin(chain)
+        self._begun = chain
+        size = self._channel.size()
+        if size is None:
+            return
+        counter, start = self._origin
+        if counter == chain.counter and start <= size:  # a predecessor began it: the file knows how far it came
+            chain.resume = min(size - start, chain.readable_size)
+        else:
+            self._origin = chain.counter, size - chain.resume
+            self.host.save(ORIGIN.pack(*self._origin))
 
     def _input(self) -> None:
         queue = self.host.queue(RX)
@@ -121,6 +148,10 @@ class Console(DeviceBase):
         self._columns, self._rows = int(str(columns)), int(str(rows))
         self.host.set_config(self._config())
         return None
+
+    @staticmethod
+    def drain(index: int, chain: Chain) -> int | None:
+        return None if index == RX else 0
 
     def counters(self) -> dict[str, int]:
         return dict(self._counts)

@@ -30,6 +30,7 @@ class Rng(DeviceBase):
         super().__init__(options, host)
         self._pending: list[Chain] = []
         self._waiting = False
+        self._begun: Chain | None = None
         self._bytes = self._requests = 0
         try:
             self._fd = os.open(options.src, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -44,6 +45,9 @@ class Rng(DeviceBase):
         self._pending += queue.harvest()
         while self._pending and not self._waiting:
             chain = self._pending[0]
+            if chain is not self._begun:  # once, however often the source is dry
+                self._begun = chain
+                queue.begin(chain)
             size = self._fill(chain)
             if size or not chain.writable_size:
                 queue.complete(self._pending.pop(0), size)

@@ -24,6 +24,7 @@ class FakeHost:
         self.store = dict(store or {})
         self.configs: list[bytes] = []
         self.logged: list[str] = []
+        self.saved = (0, b"")
         self.queues: dict[int, Queue] = {}
         self.kicked: set[int] = set()
 
@@ -53,6 +54,18 @@ class FakeHost:
 
     def kick(self, index: int) -> None:
         self.kicked.add(index)
+
+    def enter_syscall(self) -> None:
+        pass
+
+    def leave_syscall(self) -> None:
+        pass
+
+    def save(self, data: bytes, version: int = 1) -> None:
+        self.saved = version, data
+
+    def load(self) -> tuple[int, bytes]:
+        return self.saved
 
     def log(self, text: str) -> None:
         self.logged.append(text)

@@ -1,4 +1,4 @@
-"""The VM's API over ZeroMQ: requests at `api.sock` (ROUTER), events at `events.sock` (PUB).
+"""The VM's API over ZeroMQ: requests at `api.sock` (ROUTER), events at `events.sock` (PUB); HTTP beside it.
 
 Nothing a client sends can do more than fail.
 """
@@ -27,10 +27,16 @@ LINGER_MS = 500  # the answer to "shutdown" is still on its way when we close
 
 
 class Api:
-    """Owns both sockets."""
+    """Owns the sockets; `http_socket` is `--api-socket`."""
 
-    def __init__(self, context: zmq.asyncio.Context, rundir: RunDir, events: EventLog, desk: Desk) -> None:
+    def __init__(self, context: zmq.asyncio.Context, rundir: RunDir, events: EventLog, desk: Desk,
+                 http_socket: str | None = None) -> None:
         self._desk = desk
+        self._http = None
+        if http_socket is not None:
+            from cellvisor.controlplane import http, httpsocket  # h11, for those who ask for it
+
+            self._http = http.HttpApi(*httpsocket.listen(http_socket), desk)
         self._tasks: set[asyncio.Task[None]] = set()
         self._socket = context.socket(zmq.ROUTER)
         self._publisher: zmq.Socket[bytes] = zmq.Context.shadow(context).socket(zmq.PUB)
@@ -47,6 +53,8 @@ class Api:
 
     async def close(self) -> None:
         """Answer what is being served, as far as it is done, and close."""
+        if self._http is not None:
+            await self._http.close()
         self._reader.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._reader

@@ -25,18 +25,28 @@ class Desk:
     def __init__(self, serve: Serve) -> None:
         self._serve = serve
         self._answers: dict[str, tuple[Request, asyncio.Task[Any]]] = {}  # oldest first
+        self._unnamed: set[asyncio.Task[Any]] = set()
 
-    async def ask(self, request: Request) -> Any:
-        """Return the answer or the CellvisorError. Going away while waiting does not stop what was begun."""
+    async def ask(self, request: Request, *, remember: bool = True) -> Any:
+        """Return the answer or the CellvisorError. Going away while waiting does not stop what was begun.
+
+        `remember` is False for a request whose id means nothing.
+        """
         try:
-            return await asyncio.shield(self._once(request))
+            return await asyncio.shield(self._once(request) if remember else self._now(request))
         except CellvisorError as error:
             return error
 
     def close(self) -> None:
         """Give up what is still being served."""
-        for _, task in self._answers.values():
+        for task in [*self._unnamed, *(task for _, task in self._answers.values())]:
             task.cancel()
+
+    def _now(self, request: Request) -> asyncio.Task[Any]:
+        task = asyncio.get_running_loop().create_task(self._guarded(request))
+        self._unnamed.add(task)
+        task.add_done_callback(self._unnamed.discard)
+        return task
 
     def _once(self, request: Request) -> asyncio.Task[Any]:
         """Return the task that serves this request id, started now or earlier."""

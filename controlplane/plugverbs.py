@@ -22,7 +22,9 @@ def table(vm: Supervisor) -> dict[str, Handler]:
     def adds(verb: str) -> Handler:
         async def add(args: dict[str, Any]) -> dict[str, Any]:
             device = await vm.plug.add(verb, wanted(verb, args))
-            return {"id": device.id, "bdf": device.bdf}
+            operation = vm.plug.operations.latest(device.id)
+            return {"id": device.id, "bdf": device.bdf, "operation": operation.id if operation else "",
+                    "plugged": vm.state != "Created"}
         return add
 
     async def remove(args: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,137 @@
+"""Unix stream sockets for HTTP: where to listen (`--api-socket`), and a connection whose reads bring descriptors.
+
+recvmsg on a non-blocking socket: asyncio's own streams would throw the descriptors of SCM_RIGHTS away.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import contextlib
+import os
+import socket
+import stat
+
+from cellvisor.controlplane.waiting import settle, wait_readable
+from cellvisor.core.errors import Conflict, UsageError
+
+BACKLOG = 128
+CHUNK = 1 << 16
+MAX_FDS = 64  # of one request
+
+
+def listen(where: str) -> tuple[socket.socket, str | None]:
+    """Listen at a path, mode 0600, or on inherited descriptor `fd=N`; returns the path that is ours to remove.
+
+    The socket file of a process that is gone is replaced. Raises UsageError or Conflict.
+    """
+    if where.startswith("fd="):
+        return _inherited(int(where[3:])), None
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        os.fchmod(sock.fileno(), 0o600)  # bind gives the file this mode
+        _make_room(where)
+        sock.bind(where)
+        sock.listen(BACKLOG)
+        sock.setblocking(False)
+    except OSError as error:
+        sock.close()
+        raise UsageError(f"--api-socket {where}: {error.strerror}") from None
+    except BaseException:
+        sock.close()
+        raise
+    return sock, where
+
+
+def _inherited(fd: int) -> socket.socket:
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError as error:
+        raise UsageError(f"--api-socket fd={fd}: {error.strerror}") from None
+    listening = sock.family == socket.AF_UNIX and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    if not listening or sock.type != socket.SOCK_STREAM:
+        sock.detach()
+        raise UsageError(f"--api-socket fd={fd}: not a listening Unix stream socket")
+    os.set_inheritable(fd, False)
+    sock.setblocking(False)
+    return sock
+
+
+def _make_room(path: str) -> None:
+    """Remove a socket file that nobody listens at."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path, follow_symlinks=False).st_mode):
+            raise Conflict(f"--api-socket {path}: exists and is not a socket", hint="choose another path")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            return
+        except BlockingIOError:
+            pass  # its backlog is full: somebody is there
+    raise Conflict(f"--api-socket {path}: another process listens there", hint="choose another path")
+
+
+class Wire:
+    """One connection. `fds` are descriptors that came and that nobody took."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        sock.setblocking(False)
+        self.fds: list[int] = []
+
+    async def receive(self) -> bytes:
+        """Return what came, b"" at the end. Raises OSError, UsageError for too many descriptors."""
+        while True:
+            try:
+                data, ancillary, flags, _ = self._sock.recvmsg(
+                    CHUNK, socket.CMSG_SPACE(MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC)
+                break
+            except BlockingIOError:
+                await wait_readable(self._sock.fileno())
+        for level, kind, payload in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                numbers = array.array("i")
+                numbers.frombytes(payload[: len(payload) - len(payload) % 4])
+                self.fds.extend(numbers)
+        if flags & socket.MSG_CTRUNC or len(self.fds) > MAX_FDS:
+            raise UsageError(f"more than {MAX_FDS} descriptors with one request")
+        return data
+
+    async def send(self, data: bytes) -> None:
+        """Send everything. Raises OSError."""
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[self._sock.send(view, socket.MSG_NOSIGNAL):]
+            except BlockingIOError:
+                await self._writable()
+
+    async def _writable(self) -> None:
+        loop = asyncio.get_running_loop()
+        writable: asyncio.Future[None] = loop.create_future()
+        loop.add_writer(self._sock.fileno(), settle, writable)
+        try:
+            await writable
+        finally:
+            loop.remove_writer(self._sock.fileno())
+
+    def finish(self) -> None:
+        """Say that nothing more will be sent."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_WR)
+
+    def drop_fds(self) -> None:
+        """Close the descriptors that nobody took."""
+        while self.fds:
+            os.close(self.fds.pop())
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.drop_fds()
+        self._sock.close()

@@ -1,0 +1,130 @@
+"""The verbs about the VM as a whole: create, boot, shutdown, delete, and what its devices count.
+
+With `--api-socket` the process lives until shutdown-vmm, as Cloud Hypervisor's does; without it, it is one VM's
+process and ends with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from cellvisor.controlplane import vmconfig
+from cellvisor.core.errors import CellvisorError, Conflict, TryAgain, UsageError
+from cellvisor.core.wire.messages import CoreVerb
+
+if TYPE_CHECKING:
+    from cellvisor.controlplane.supervisor import Supervisor
+
+Handler = Callable[[dict[str, Any]], Awaitable[Any]]
+COUNT_TIMEOUT = 2.0
+RESIZE_TIMEOUT = 30.0
+
+
+def table(vm: Supervisor, turn: asyncio.Lock) -> dict[str, Handler]:
+    """Return verb -> handler(args); handlers raise CellvisorError. `turn` is held while the VM changes."""
+    life = Life(vm, turn)
+    return {"create": life.create, "boot": life.boot, "shutdown": life.shutdown, "shutdown-vmm": life.end,
+            "delete": life.delete, "counters": life.counters, "resize-disk": life.resize_disk}
+
+
+class Life:
+    """What is done to one VM."""
+
+    def __init__(self, vm: Supervisor, turn: asyncio.Lock) -> None:
+        self._vm, self._turn = vm, turn
+
+    async def create(self, args: dict[str, Any]) -> None:
+        """Take a VmConfig."""
+        async with self._turn:
+            if self._vm.state != "Empty":
+                raise Conflict("create: a VM was created already", hint="delete it first")
+            self._vm.create(vmconfig.read(args))
+            self._vm.events.emit("vm.created")
+
+    async def boot(self, args: dict[str, Any]) -> None:
+        """Boot what was created; a VM that cannot boot stays created."""
+        async with self._turn:
+            self._refuse_while_booting("boot")
+            if self._vm.state != "Created":
+                raise Conflict(f"boot: the VM is {self._vm.state} already")
+            await self._vm.change(self._boot())
+
+    async def _boot(self) -> None:
+        try:
+            await self._vm.boot()
+        except Exception:
+            await self._vm.renew()
+            raise
+
+    async def shutdown(self, args: dict[str, Any]) -> None:
+        """End the VM without asking the guest."""
+        if not self._stays():
+            await self.end(args)
+            return
+        async with self._turn:
+            self._refuse_while_booting("shutdown")
+            if self._vm.state == "Created":
+                raise Conflict("shutdown: the VM is not running", hint="shutdown-vmm ends the process")
+            await self._halt()
+
+    async def delete(self, args: dict[str, Any]) -> None:
+        """End the VM, if it runs, and forget it; nothing to do is fine."""
+        if not self._stays():
+            await self.end(args)
+            return
+        async with self._turn:
+            if self._vm.state == "Empty":
+                return
+            self._refuse_while_booting("delete")
+            if self._vm.state != "Created":
+                await self._halt()
+            self._vm.delete()
+            self._vm.events.emit("vm.deleted")
+
+    async def end(self, args: dict[str, Any]) -> None:
+        """End the process. The reply leaves first: its sockets are closed last."""
+        self._vm.end(0, "shut down by request")
+
+    async def _halt(self) -> None:
+        self._vm.events.emit("vm.shutdown")
+        self._vm.state = "Shutdown"
+        await self._vm.change(self._vm.renew())
+        self._vm.state = "Created"
+
+    def _stays(self) -> bool:
+        return self._vm.flags.api_socket is not None
+
+    def _refuse_while_booting(self, verb: str) -> None:
+        if self._vm.booting:
+            raise TryAgain(f"{verb}: the VM is booting", hint="wait for the event vm.booted")
+
+    async def counters(self, args: dict[str, Any]) -> dict[str, dict[str, int]]:
+        """Ask every device that has a process; what does not answer in time has what it told last."""
+        core = self._vm.require_core()
+        if self._vm.state == "Created":
+            raise Conflict("counters: the VM is not running")
+        listed = (await core.request(CoreVerb.DEVICES, COUNT_TIMEOUT)).get("devices", ())
+        found = {str(entry.get("device")): dict(entry.get("counters") or {}) for entry in listed}
+
+        async def ask(device: str) -> None:
+            try:
+                answer = await core.request(CoreVerb.CALL, COUNT_TIMEOUT, device=device, verb="counters", args={})
+            except CellvisorError:
+                return
+            result = answer.get("result")
+            if isinstance(result, dict):
+                found[device] = {str(name): value for name, value in result.items() if type(value) is int}
+
+        await asyncio.gather(*(ask(device) for device in list(found)))
+        return {device: values for device, values in sorted(found.items()) if values}
+
+    async def resize_disk(self, args: dict[str, Any]) -> None:
+        """Have a disk's process change its size and tell the guest."""
+        device = self._vm.inventory.get(args["id"])
+        if device.verb != "disk":
+            raise UsageError(f"resize-disk: id={device.id} is not a disk but {device.type}")
+        await self._vm.require_core().request(CoreVerb.CALL, RESIZE_TIMEOUT, device=device.id, verb="resize",
+                                              args={"size": args["desired_size"]})
+        self._vm.events.emit("device.resized", device=device.id, size=args["desired_size"])

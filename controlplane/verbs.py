@@ -9,9 +9,9 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from cellvisor import __version__
-from cellvisor.controlplane import plugverbs
-from cellvisor.core.errors import CellvisorError, Internal, TryAgain
-from cellvisor.core.wire.control import Request
+from cellvisor.controlplane import lifeverbs, plugverbs
+from cellvisor.core.errors import CellvisorError, Conflict, NotFound, TryAgain
+from cellvisor.core.wire.control import VERBS, Request
 from cellvisor.core.wire.messages import CoreVerb
 
 if TYPE_CHECKING:
@@ -31,34 +31,33 @@ class Verbs:
             "ping": self._ping, "info": self._info, "devices": self._devices, "events": self._events,
             "pause": change(CoreVerb.PAUSE), "resume": change(CoreVerb.RESUME),
             "reset": change(CoreVerb.RESET), "power-button": change(CoreVerb.POWER_BUTTON),
-            "shutdown": self._shutdown, **plugverbs.table(vm),
+            "nmi": change(CoreVerb.NMI), **lifeverbs.table(vm, self._turn), **plugverbs.table(vm),
         }
 
     async def serve(self, request: Request) -> Any:
         """Return the answer. Raises CellvisorError."""
+        if self._vm.state == "Empty" and not VERBS[request.verb].empty:
+            raise NotFound(f"{request.verb}: no VM was created", hint="create one first", code="not-created")
         return await self._serving[request.verb](request.args)
 
     async def _core(self, verb: CoreVerb, timeout: float, **args: Any) -> dict[str, Any]:
         if self._vm.core is None:
-            raise Internal("core is not there yet")
+            raise TryAgain(f"{verb}: core is not there", hint="the VM is starting or ending")
         return await self._vm.core.request(verb, timeout, **args)
 
     def _change(self, verb: CoreVerb) -> Callable[[dict[str, Any]], Awaitable[Any]]:
         async def change(args: dict[str, Any]) -> dict[str, Any]:
             async with self._turn:
-                if self._vm.state == "Created":
+                if self._vm.booting:
                     raise TryAgain(f"{verb}: the VM is still starting", hint="wait for the event vm.booted")
+                if self._vm.state == "Created":
+                    raise Conflict(f"{verb}: the VM is not running", hint="boot it first")
                 return await self._core(verb, CHANGE_TIMEOUT)
         return change
 
     async def _ping(self, args: dict[str, Any]) -> dict[str, Any]:
         return {"build_version": f"cellvisor {__version__}", "version": __version__, "pid": os.getpid(),
-                "features": [], "name": self._vm.rundir.name}
-
-    async def _shutdown(self, args: dict[str, Any]) -> dict[str, Any]:
-        # The reply leaves first: the API socket lingers while everything else is taken down.
-        self._vm.end(0, "shut down by request")
-        return {}
+                "features": ["kvm"], "name": self._vm.rundir.name}
 
     async def _events(self, args: dict[str, Any]) -> dict[str, Any]:
         return {"events": [event.as_wire() for event in self._vm.events.since(args["since"])]}

@@ -1,24 +1,32 @@
-"""The controlplane process: `python -m cellvisor.controlplane run FLAGS`, in the foreground of the terminal.
+"""The controlplane process, in the foreground of the terminal: `python -m cellvisor.controlplane run FLAGS`, or
+`adopt NAME` for a VM whose controlplane died.
 
 Core and nursery are started before the slow imports, so that all three come up at the same time.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from typing import TYPE_CHECKING
 
 from cellvisor.controlplane import flags as command_line
 from cellvisor.controlplane import processes, rundir
+from cellvisor.controlplane.flags import RunFlags
 from cellvisor.controlplane.terminal import Terminal
 from cellvisor.core import log
 from cellvisor.core.errors import CellvisorError, UsageError
 
-BEGAN = "CELLVISOR_BEGAN_NS"  # CLOCK_MONOTONIC at the start of the command, for the report
+if TYPE_CHECKING:
+    from cellvisor.controlplane.supervisor import Ending
+
+BEGAN = "CELLVISOR_BEGAN_NS"  # CLOCK_MONOTONIC at the start of the command, or when a successor was needed
+NO_VM, IN_CHARGE = 3, 5       # exit statuses of adopt; a nursery understands the second
 
 
 def main(argv: list[str] | None = None, programs: processes.Programs | None = None) -> int:
@@ -26,19 +34,24 @@ def main(argv: list[str] | None = None, programs: processes.Programs | None = No
     arguments = sys.argv[1:] if argv is None else argv
     began = os.environ.pop(BEGAN, "")
     moment = int(began) if began.isdecimal() else time.monotonic_ns()
-    if arguments[:1] != ["run"]:
+    what = {"run": _run, "adopt": _adopt}.get("".join(arguments[:1]))
+    if what is None:
         sys.stderr.write("cellvisor: started wrongly (start VMs with cellvisor run)\n")
         return 2
     try:
         with _early_signals() as pending:
-            return _run(arguments[1:], programs or processes.Programs(), pending, moment)
+            ending = what(arguments[1:], programs or processes.Programs(), pending, moment)
     except CellvisorError as error:
-        sys.stderr.write(f"cellvisor: {error}\n")
-        return 2
+        if "--as-successor" not in arguments or error.code not in ("in-charge", "no-vm"):
+            sys.stderr.write(f"cellvisor: {error}\n")
+        return {"in-charge": IN_CHARGE, "no-vm": NO_VM}.get(error.code, 2)
     except Exception as error:  # a mistake of ours; everything has been taken down on the way here
         log.get().debug("internal error", exc_info=True)
         sys.stderr.write(f"cellvisor: internal error: {type(error).__name__}: {error} (-vv tells more)\n")
         return 1
+    if ending.reason and ending.status in (1, 2):
+        sys.stderr.write(f"cellvisor: {ending.reason}\n")
+    return ending.status
 
 
 @contextlib.contextmanager
@@ -50,51 +63,73 @@ def _early_signals() -> Iterator[list[int]]:
     yield pending
 
 
-def _run(argv: list[str], programs: processes.Programs, pending: list[int], began: int) -> int:
-    flags = command_line.parse(argv)
+def _log_to(flags: RunFlags) -> tuple[int, str | None]:
     try:
         log.setup("controlplane", flags.verbosity, flags.log_file)
     except OSError as error:
         raise UsageError(f"--log-file {flags.log_file}: {error.strerror}") from None
-    logging = (flags.verbosity, os.path.abspath(flags.log_file) if flags.log_file else None)
+    return flags.verbosity, os.path.abspath(flags.log_file) if flags.log_file else None
+
+
+def _run(argv: list[str], programs: processes.Programs, pending: list[int], began: int) -> Ending:
+    flags = command_line.parse(argv)
+    logging = _log_to(flags)
     with contextlib.ExitStack() as stack:
         claimed = rundir.claim(flags.name)
         stack.callback(claimed.remove)
         terminal = Terminal()
         stack.callback(terminal.restore)
-
-        def launch() -> tuple[str, processes.Child, processes.Child]:
-            token = os.urandom(16).hex()
-            core = processes.start_core(programs, claimed, token, *logging)
-            stack.callback(_put_down, core)
-            claimed.note(core=core.pid)
-            nursery = processes.start_nursery(programs, claimed, core, *logging)
-            stack.callback(_put_down, nursery)
-            return token, core, nursery
-
-        token, core, nursery = launch()
-
-        import asyncio
-
-        import uvloop
-
-        from cellvisor.controlplane.supervisor import Ending, Supervisor
+        launcher = processes.Launcher(programs, claimed, *logging)
+        stack.callback(launcher.put_down)
+        core = launcher.core()
+        nursery = launcher.nursery(core)
 
         async def supervise() -> Ending:
-            return await Supervisor(flags, claimed, token, core, nursery, terminal, began, launch).run(pending)
+            from cellvisor.controlplane.supervisor import Supervisor
 
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            ending = runner.run(supervise())
-    if ending.reason and ending.status in (1, 2):
-        sys.stderr.write(f"cellvisor: {ending.reason}\n")
-    return ending.status
+            return await Supervisor(flags, claimed, core, nursery, terminal, began, launcher).run(pending)
+
+        return _loop(supervise)
 
 
-def _put_down(child: processes.Child) -> None:
-    """Kill a child that the supervisor did not end; nothing happens when it did."""
-    if child.pidfd >= 0:
-        child.kill()
-        child.close()
+def _adopt(argv: list[str], programs: processes.Programs, pending: list[int], began: int) -> Ending:
+    parser = argparse.ArgumentParser(prog="cellvisor adopt", description="Steer a VM whose controlplane died.")
+    parser.add_argument("name", metavar="VM")
+    parser.add_argument("-v", dest="verbosity", action="count", default=0)
+    parser.add_argument("--as-successor", action="store_true", help=argparse.SUPPRESS)  # a nursery says this
+    given = parser.parse_args(argv)
+    log.setup("controlplane", given.verbosity)
+    with contextlib.ExitStack() as stack:
+        claimed = rundir.adopt(given.name)
+        stack.callback(claimed.let_go)
+        terminal = Terminal()
+        stack.callback(terminal.restore)
+
+        async def supervise() -> Ending:
+            from cellvisor.controlplane import adopt
+            from cellvisor.controlplane.supervisor import Supervisor
+
+            core = adopt.core_of(claimed)
+            left = await adopt.take_over(claimed, began, stdio=given.as_successor)
+            flags = left.record.flags
+            launcher = processes.Launcher(programs, claimed, *_log_to(flags))
+            stack.callback(launcher.put_down)
+            vm = Supervisor(flags, claimed, core, None, terminal, left.record.began, launcher, left)
+            return await vm.run(pending)
+
+        return _loop(supervise)
+
+
+def _loop(supervise: Callable[[], Awaitable[Ending]]) -> Ending:
+    import asyncio
+
+    import uvloop
+
+    async def run() -> Ending:
+        return await supervise()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(run())
 
 
 if __name__ == "__main__":

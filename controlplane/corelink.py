@@ -18,16 +18,21 @@ from cellvisor.core.wire.messages import MAX_MESSAGE, CoreVerb, pack, unpack
 
 TIMEOUT = 10.0
 LIMIT = 1000  # messages queued either way
+RECORDED = frozenset({CoreVerb.CONFIGURE, CoreVerb.ATTACH, CoreVerb.DETACH, CoreVerb.BOOT})
+OURS = "__controlplane"  # under this name core keeps what the next controlplane needs of us
 
 
 class CoreLink:
-    """One DEALER. Closed once: when core died every pending request fails."""
+    """One DEALER. Closed once: when core died every pending request fails.
 
-    def __init__(self, context: zmq.asyncio.Context, rundir: RunDir, token: str,
-                 on_event: Callable[[str, dict[str, Any]], None]) -> None:
+    With the steps in RECORDED goes our state, as `record()` returns it, which core keeps for a successor.
+    """
+
+    def __init__(self, context: zmq.asyncio.Context, rundir: RunDir) -> None:
         self._rundir = rundir
-        self._identity = f"controlplane/{token}"
-        self._on_event = on_event
+        self._identity = f"controlplane/{rundir.generation}/{rundir.token}"
+        self.on_event: Callable[[str, dict[str, Any]], None] = lambda name, properties: None
+        self._record: Callable[[], bytes] = bytes
         self._pending: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._next = 0
         self._closed = False
@@ -39,10 +44,16 @@ class CoreLink:
         self._socket.connect(f"ipc://{rundir.file(places.CONTROL)}")
         self._reader = asyncio.get_running_loop().create_task(self._read())
 
+    def serve(self, on_event: Callable[[str, dict[str, Any]], None], record: Callable[[], bytes]) -> None:
+        """Say who takes core's events, and what our state is."""
+        self.on_event, self._record = on_event, record
+
     async def request(self, verb: CoreVerb, timeout: float = TIMEOUT, /, **args: Any) -> dict[str, Any]:
         """Ask core. Raises what core answers, TryAgain after `timeout` s, Internal when it is gone."""
         if self._closed:
             raise Internal(f"{verb}: core is gone")
+        if verb in RECORDED:
+            args["blob"] = self._record()
         self._next += 1
         number = self._next
         answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
@@ -58,14 +69,32 @@ class CoreLink:
         finally:
             self._pending.pop(number, None)
 
+    async def keep_state(self) -> None:
+        """Have core keep our state as it is now, apart from any step."""
+        await self.request(CoreVerb.STATE, blob=self._record())
+
     def deposit(self, device: str, name: str, fd: int) -> None:
         """Put a descriptor of the user into core's store for `device`. Raises OSError, Internal."""
+        ok, _ = self._ask_fds({"deposit": f"{device}/{name}"}, fd)
+        if not ok:
+            raise Internal(f"core did not take descriptor {device}/{name}")
+
+    def stored(self, device: str, name: str) -> int | None:
+        """Return a stored descriptor, the caller's to close. Raises OSError, Internal."""
+        return self._ask_fds({"get": f"{device}/{name}"})[1]
+
+    def worker_pidfd(self, device: str) -> int | None:
+        """Return the pidfd of the device's living worker, the caller's to close. Raises OSError, Internal."""
+        return self._ask_fds({"pidfd": device})[1]
+
+    def _ask_fds(self, body: dict[str, Any], *fds: int) -> tuple[bool, int | None]:
         with fdpass.connect(self._rundir.file(places.FDS)) as sock:
             sock.settimeout(TIMEOUT)
-            fdpass.send(sock, {"identity": self._identity, "deposit": f"{device}/{name}"}, [fd])
+            fdpass.send(sock, {"identity": self._identity, **body}, fds)
             packet = fdpass.receive(sock)
-        if packet is None or packet[0].get("ok") is not True:
-            raise Internal(f"core did not take descriptor {device}/{name}")
+        if packet is None:
+            raise Internal("core hung up on the descriptor socket")
+        return packet[0].get("ok") is True, packet[1][0] if packet[1] else None
 
     async def _read(self) -> None:
         while True:
@@ -80,7 +109,7 @@ class CoreLink:
     def _take(self, body: dict[str, Any]) -> None:
         if "event" in body:
             properties = body.get("properties")
-            self._on_event(str(body["event"]), properties if isinstance(properties, dict) else {})
+            self.on_event(str(body["event"]), properties if isinstance(properties, dict) else {})
             return
         number = body.get("id")
         answer = self._pending.get(number) if isinstance(number, int) else None

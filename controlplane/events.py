@@ -20,6 +20,7 @@ from cellvisor.core.errors import UsageError
 from cellvisor.core.wire.control import VERSION
 
 HISTORY = 512
+PER_GENERATION = 1 << 32  # numbers go on rising when a successor takes over, who does not know the last one
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +40,10 @@ class Event:
 class EventLog:
     """Takes events and hands them on. Sinks must not block and must not raise."""
 
-    def __init__(self) -> None:
+    def __init__(self, generation: int = 1) -> None:
         self._history: collections.deque[Event] = collections.deque(maxlen=HISTORY)
         self._sinks: list[Callable[[Event], None]] = []
-        self._seq = 0
+        self._seq = (generation - 1) * PER_GENERATION
 
     def add_sink(self, sink: Callable[[Event], None]) -> None:
         """Have `sink` called with each event from now on."""
@@ -66,13 +67,21 @@ class EventLog:
 class Monitor:
     """Writes events to one file or pipe; a reader that does not read loses events, never delays the VM."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, fd: int = -1) -> None:
+        """Open `path`, unless `fd` is what a predecessor had open."""
+        self._began = time.monotonic_ns()
+        self._fd = fd
+        if fd >= 0:
+            return
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC
         try:
             self._fd = os.open(path, flags, 0o600)
         except OSError as error:
             raise UsageError(f"--event-monitor {path}: {error.strerror}") from None
-        self._began = time.monotonic_ns()
+
+    def fileno(self) -> int:
+        """Return the descriptor that records go to."""
+        return self._fd
 
     def write(self, event: Event) -> None:
         """Append one record."""

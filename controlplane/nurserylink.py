@@ -1,10 +1,11 @@
-"""The controlplane's side of the nursery's socket: the catalog, new workers, and how they ended."""
+"""The controlplane's side of a nursery's socket: the catalog, new workers, and how they ended."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import os
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,8 @@ from cellvisor.core.wire import fdpass
 from cellvisor.core.wire.messages import FromNursery, ToNursery
 
 TIMEOUT = 20.0
+SPAWN_TIMEOUT = 5.0  # a fork takes milliseconds
+WARDS_AT_ONCE = 200
 
 Exited = Callable[[str, int, int, int | None], None]
 
@@ -30,6 +33,8 @@ class NurseryLink:
         self._on_exited, self._on_lost = on_exited, on_lost
         self._waiting: dict[tuple[str, int], asyncio.Future[tuple[int, int]]] = {}
         self._catalog: asyncio.Future[Catalog] | None = None
+        self._children: asyncio.Future[dict[tuple[str, int], tuple[int, int]]] | None = None
+        self.pid = int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], "little")
         self._loop = asyncio.get_running_loop()
         sock.setblocking(False)
         self._loop.add_reader(sock.fileno(), self._readable)
@@ -41,16 +46,29 @@ class NurseryLink:
         async with asyncio.timeout(TIMEOUT):
             return await self._catalog
 
+    async def children(self) -> dict[tuple[str, int], tuple[int, int]]:
+        """Ask which workers it has: (device, generation) -> pid and pidfd, ours to close."""
+        self._children = self._loop.create_future()
+        self._send({"k": ToNursery.CHILDREN})
+        async with asyncio.timeout(TIMEOUT):
+            return await self._children
+
+    def ward(self, workers: list[tuple[int, int]]) -> None:
+        """Have it kill these too (pid, pidfd) when core is gone: the workers of a nursery that died."""
+        for start in range(0, len(workers), WARDS_AT_ONCE):
+            part = workers[start:start + WARDS_AT_ONCE]
+            self._send({"k": ToNursery.WARD, "pids": [pid for pid, _ in part]}, [pidfd for _, pidfd in part])
+
     async def spawn(self, device: str, generation: int, **rest: Any) -> tuple[int, int]:
         """Fork a worker; returns its pid and pidfd, ours to close. Raises what the nursery says."""
         answer: asyncio.Future[tuple[int, int]] = self._loop.create_future()
         self._waiting[device, generation] = answer
         try:
             self._send({"k": ToNursery.SPAWN, "device": device, "generation": generation, **rest})
-            async with asyncio.timeout(TIMEOUT):
+            async with asyncio.timeout(SPAWN_TIMEOUT):
                 return await answer
         except TimeoutError:
-            raise TryAgain(f"{device}: the nursery did not fork within {TIMEOUT:g} s") from None
+            raise TryAgain(f"{device}: the nursery did not fork within {SPAWN_TIMEOUT:g} s") from None
         finally:
             self._waiting.pop((device, generation), None)
 
@@ -66,9 +84,9 @@ class NurseryLink:
             self._sock.close()
         self._fail(Internal("the nursery is gone"))
 
-    def _send(self, body: dict[str, Any]) -> None:
+    def _send(self, body: dict[str, Any], fds: list[int] | None = None) -> None:
         try:
-            fdpass.send(self._sock, body)
+            fdpass.send(self._sock, body, fds or [])
         except BlockingIOError:
             raise TryAgain("the nursery does not read its messages") from None
         except OSError as error:
@@ -103,6 +121,10 @@ class NurseryLink:
             self._catalog.set_result(parse_catalog(body))
         elif kind == FromNursery.SPAWNED and waiting is not None and not waiting.done() and fds:
             waiting.set_result((int(body["pid"]), fds.pop(0)))
+        elif kind == FromNursery.CHILDREN and self._children is not None and not self._children.done():
+            found = zip(body.get("children", ()), list(fds), strict=True)
+            self._children.set_result({(str(device), int(generation)): (int(pid), fds.pop(0))
+                                       for (device, generation, pid), _ in found})
         elif kind == FromNursery.EXITED:
             self._on_exited(*key, int(body.get("pid") or 0), exit_status(body.get("status")))
         elif kind == FromNursery.ERROR:
@@ -117,8 +139,7 @@ class NurseryLink:
 
     def _fail(self, error: CellvisorError) -> None:
         pending: list[asyncio.Future[Any]] = [*self._waiting.values()]
-        if self._catalog is not None:
-            pending.append(self._catalog)
+        pending += [asked for asked in (self._catalog, self._children) if asked is not None]
         for answer in pending:
             if not answer.done():
                 answer.set_exception(error)

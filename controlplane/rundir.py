@@ -1,6 +1,7 @@
 """Claim, keep and remove a VM's run directory.
 
-`<dir>/lock` is OFD-locked, and core inherits the lock: while one of the two lives, the name is taken.
+`<dir>/lock` is OFD-locked, and core inherits the lock: while one of the two lives, the name is taken. `<dir>/pilot`
+is locked by the controlplane alone: who gets that lock while the name is taken may adopt the VM.
 A directory whose lock is free belongs to a dead VM and is emptied. A lock is only valid if the locked file is
 still the one at the path: the previous owner may have removed it between our open and our lock.
 """
@@ -11,20 +12,26 @@ import contextlib
 import os
 import stat
 
-from cellvisor.core.errors import Conflict, UsageError
+from cellvisor.core.errors import Conflict, NotFound, UsageError
 from cellvisor.core.wire import places
 
 _AUTOMATIC = 1000
 
 
 class RunDir:
-    """A claimed run directory. Use claim(); `lock_fd` is to be inherited by core."""
+    """A claimed run directory. Use claim() or adopt(); `lock_fd` is to be inherited by core.
 
-    def __init__(self, name: str, path: str, lock_fd: int) -> None:
+    `token` lets the controlplane in at core, `generation` counts the controlplanes of this VM from 1.
+    """
+
+    def __init__(self, name: str, path: str, lock_fd: int, pilot_fd: int, token: str, generation: int) -> None:
         self.name = name
         self.path = path
         self.lock_fd = lock_fd
+        self.token, self.generation = token, generation
+        self._pilot_fd = pilot_fd
         self._pids: dict[str, int] = {}
+        _rewrite(pilot_fd, f"pid {os.getpid()}\ngeneration {generation}\ntoken {token}\n")
 
     def file(self, name: str) -> str:
         """Return the path of `name` in the directory."""
@@ -33,21 +40,53 @@ class RunDir:
     def note(self, **pids: int) -> None:
         """Write process ids into the lock file, for people and for `ls`."""
         self._pids.update(pids)
-        text = "".join(f"{word} {pid}\n" for word, pid in self._pids.items()).encode()
-        os.pwrite(self.lock_fd, text, 0)
-        os.ftruncate(self.lock_fd, len(text))
+        _rewrite(self.lock_fd, "".join(f"{word} {pid}\n" for word, pid in self._pids.items()))
+
+    def inherit(self, lock_fd: int) -> None:
+        """Hold the name too: `lock_fd`, ours from now on, is what core kept of the predecessor."""
+        self.lock_fd = lock_fd
+        self._pids = places.read_holder(lock_fd)
+        self.note(pid=os.getpid())
+
+    def let_go(self) -> None:
+        """Steer no more; the VM, if there is one, may be adopted."""
+        if self._pilot_fd >= 0:
+            os.close(self._pilot_fd)
+            self._pilot_fd = -1
 
     def remove(self) -> None:
-        """Remove the directory and let the name go. Safe to call twice."""
+        """Remove the directory and let the name go, if it is ours. Safe to call twice."""
         if self.lock_fd < 0:
+            self.let_go()
             return
         _empty(self.path)
         with contextlib.suppress(OSError):
             os.unlink(self.file(places.LOCK))
         with contextlib.suppress(OSError):
             os.rmdir(self.path)
+        self.let_go()
         os.close(self.lock_fd)
         self.lock_fd = -1
+
+
+def adopt(name: str, base: str | None = None) -> RunDir:
+    """Take over the pilot's lock of a VM whose controlplane died. Raises NotFound, or Conflict if one is alive."""
+    path = places.vm_dir(name, base)
+    if places.holder(path) is None:
+        raise NotFound(f"no VM {name!r} is running", hint="see cellvisor ls", code="no-vm")
+    try:
+        fd = os.open(os.path.join(path, places.PILOT), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        raise Conflict(f"{name}: it is only just starting", hint="see cellvisor ls", code="in-charge") from None
+    words = dict(line.partition(" ")[::2] for line in os.pread(fd, 4096, 0).decode(errors="replace").splitlines())
+    if not places.lock(fd):
+        os.close(fd)
+        raise Conflict(f"{name}: its controlplane is alive (process {words.get('pid', 'unknown')})",
+                       hint="nothing to adopt", code="in-charge")
+    if not words.get("token") or not words.get("generation", "").isdecimal():
+        os.close(fd)
+        raise Conflict(f"{name}: {places.PILOT} in {path} is not complete", hint="the VM ends by itself")
+    return RunDir(name, path, -1, fd, words["token"], int(words["generation"]) + 1)
 
 
 def claim(name: str | None = None, base: str | None = None) -> RunDir:
@@ -78,11 +117,19 @@ def _claim(name: str, base: str) -> RunDir:
                            hint=f"choose another --name, or end it: cellvisor shutdown {name}")
         if _is_at(fd, os.path.join(path, places.LOCK)):
             _empty(path)
-            rundir = RunDir(name, path, fd)
+            pilot = os.open(os.path.join(path, places.PILOT), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            places.lock(pilot)
+            rundir = RunDir(name, path, fd, pilot, os.urandom(16).hex(), 1)
             rundir.note(pid=os.getpid())
             return rundir
         os.close(fd)
     raise Conflict(f"--name {name}: {path} keeps changing hands", hint="try again")
+
+
+def _rewrite(fd: int, text: str) -> None:
+    data = text.encode()
+    os.pwrite(fd, data, 0)
+    os.ftruncate(fd, len(data))
 
 
 def _is_at(fd: int, path: str) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 
 import zmq.asyncio
 
-from cellvisor.controlplane import report
+from cellvisor.controlplane import adopt, report
 from cellvisor.controlplane.api import Api
 from cellvisor.controlplane.config import Payload, VmConfig
 from cellvisor.controlplane.consoles import Consoles
@@ -27,15 +27,16 @@ from cellvisor.controlplane.corelink import CoreLink
 from cellvisor.controlplane.desk import Desk
 from cellvisor.controlplane.events import EventLog, Monitor
 from cellvisor.controlplane.flags import RunFlags
-from cellvisor.controlplane.fleet import Fleet, settle, wait_pidfd
+from cellvisor.controlplane.fleet import Fleet
 from cellvisor.controlplane.inventory import Catalog, Inventory
-from cellvisor.controlplane.nurserylink import NurseryLink
+from cellvisor.controlplane.nurseries import Nurseries
 from cellvisor.controlplane.plug import Plug
-from cellvisor.controlplane.processes import Child, describe_exit
+from cellvisor.controlplane.processes import Child, Launcher, describe_exit
 from cellvisor.controlplane.rundir import RunDir
 from cellvisor.controlplane.terminal import Terminal
 from cellvisor.controlplane.verbs import Verbs
 from cellvisor.controlplane.vmconfig import Order
+from cellvisor.controlplane.waiting import wait_pidfd, wait_readable
 from cellvisor.core import log
 from cellvisor.core.errors import CellvisorError, Internal
 from cellvisor.core.wire import places
@@ -43,7 +44,6 @@ from cellvisor.core.wire.messages import CoreVerb
 
 CORE_TIMEOUT = 60.0  # loading a big kernel and prefaulting guest RAM take their time
 END_TIMEOUT = 5.0
-Launch = Callable[[], tuple[str, Child, Child]]  # a new token, core and nursery
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -58,29 +58,33 @@ class Ending:
 class Supervisor:
     """Runs one VM; whatever happens in run(), nothing of the VM is left when it returns."""
 
-    def __init__(self, flags: RunFlags, rundir: RunDir, token: str, core: Child, nursery: Child,
-                 terminal: Terminal, began: int, launch: Launch | None = None) -> None:
+    def __init__(self, flags: RunFlags, rundir: RunDir, core: Child, nursery: Child | None, terminal: Terminal,
+                 began: int, launcher: Launcher, left: adopt.Legacy | None = None) -> None:
         self.flags, self.rundir, self.terminal = flags, rundir, terminal
-        self.core_child, self.nursery_child = core, nursery
+        self.core_child, self._nursery_child = core, nursery
         self.state = "Empty"
         self.booting = False
         self.config = VmConfig(flags.cpus, flags.memory, flags.payload or Payload(""), flags.serial)
         self.inventory = Inventory(Catalog())
         self.began = began
         self.stages = report.Stages(began)
-        self.events = EventLog()
+        self.events = EventLog(rundir.generation)
         self.plug = Plug(self)
         self.fleet: Fleet | None = None
-        self.monitor = Monitor(flags.event_monitor) if flags.event_monitor else None
+        self.monitor = left.monitor if left is not None else None
+        if flags.event_monitor and self.monitor is None:
+            self.monitor = Monitor(flags.event_monitor)
         self._loop = asyncio.get_running_loop()
         self._ending: asyncio.Future[Ending] = self._loop.create_future()
-        self._context = zmq.asyncio.Context()
-        self._token = token
-        self._launch = launch
-        self._catalog = Catalog()
+        self._left = left
+        self._context = left.context if left is not None else zmq.asyncio.Context()
+        self._launcher = launcher
         self._change: asyncio.Task[None] | None = None
+        self._keeping: asyncio.Task[None] | None = None
         self.core: CoreLink | None = None
-        self._nursery: NurseryLink | None = None
+        self.nurseries = self._new_nurseries()
+        self.configured = False
+        self.parts: dict[str, Callable[[], Any]] = {}  # what others want recorded in core, by their key
         self._api: Api | None = None
         self._stopping = False
         self.memory_effects: dict[str, Any] = {}
@@ -113,7 +117,8 @@ class Supervisor:
             start.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await start
-            await self._stop()
+            if self._left is None or self._api is not None:
+                await self._stop()  # else we could not adopt it: it lives on for whoever can
         return ending
 
     def end(self, status: int, reason: str = "") -> None:
@@ -122,64 +127,120 @@ class Supervisor:
             self._ending.set_result(Ending(status, reason))
 
     async def _start(self) -> None:
+        if self._left is not None:
+            self.core = self._left.core
+            await adopt.go_on(self, self._left)
+            return
         self.events.emit("vmm.starting", name=self.rundir.name, pid=os.getpid())
         await self._connect()
         order = self.flags.order
         if order is not None:
             self.create(order)
-        self._api = Api(self._context, self.rundir, self.events, Desk(Verbs(self).serve))
+        self.open_api()
         if order is not None:
             await self.boot()
 
+    def require_core(self) -> CoreLink:
+        """Return the link to core. Raises Internal while there is none."""
+        if self.core is None:
+            raise Internal("core is not there")
+        return self.core
+
+    def open_api(self) -> None:
+        """Serve requests from now on."""
+        self._api = Api(self._context, self.rundir, self.events, Desk(Verbs(self).serve),
+                        self.flags.api_socket)
+
     async def _connect(self) -> None:
         """Wait for core and the nursery, and learn which device types there are."""
-        await self._wait_child(self.core_child)
+        assert self._nursery_child is not None
+        await self._wait_core()
         self.stages.add("core-ready", time.monotonic_ns())
-        self.core = CoreLink(self._context, self.rundir, self._token, self._on_core_event)
-        await self._wait_child(self.nursery_child)
-        self._nursery = NurseryLink(self.rundir.file(places.NURSERY), self._worker_exited, self._nursery_lost)
-        self._catalog = await self._nursery.catalog()
+        core = self.core = CoreLink(self._context, self.rundir)
+        core.serve(self.on_core_event, self.record)
+        adopt.leave_descriptors(core, self.rundir, self.monitor)
+        await core.keep_state()  # from here on core outlives us
+        await self.nurseries.open(0, self._nursery_child)
+
+    def _new_nurseries(self) -> Nurseries:
+        return Nurseries(lambda number: self._launcher.nursery(self.core_child, number), self.rundir, self.events,
+                         self._worker_exited, self._wards, self.changed)
+
+    def _wards(self) -> list[tuple[int, int]]:
+        workers = self.fleet.latest() if self.fleet is not None else []
+        return [(one.pid, one.pidfd) for one in workers if one.is_alive and one.pidfd >= 0]
+
+    def record(self) -> bytes:
+        return adopt.record(self).pack()
+
+    def changed(self) -> None:
+        """Have core keep our state soon: something changed without a step of core's."""
+        if self._keeping is None or self._keeping.done():
+            self._keeping = self._loop.create_task(self._keep())
+
+    async def _keep(self) -> None:
+        with contextlib.suppress(CellvisorError):
+            if self.core is not None:
+                await self.core.keep_state()
 
     def create(self, order: Order) -> None:
         """Take `order` as the VM to boot. Raises CellvisorError, nothing is changed then."""
-        inventory = Inventory(self._catalog)
+        inventory = Inventory(self.nurseries.catalog())
         devices = tuple(inventory.add(order.wanted))
         self.config = VmConfig(order.cpus, order.memory, order.payload, order.serial, devices)
         self.inventory = inventory
         self.state = "Created"
+        self.changed()
 
     def delete(self) -> None:
         """Forget what was created."""
         self.config = VmConfig(self.flags.cpus, self.flags.memory, Payload(""), self.flags.serial)
-        self.inventory = Inventory(self._catalog)
+        self.inventory = Inventory(self.nurseries.catalog())
         self.state = "Empty"
+        self.changed()
 
     async def boot(self) -> None:
         """Start the devices and run what was created. Raises CellvisorError; core is used up then."""
-        core, nursery = self.core, self._nursery
-        assert core is not None and nursery is not None
+        assert self.core is not None
         self.booting = True
         try:
-            await self._boot(core, nursery)
+            consoles = await self._configure(self.core)
+            await self.finish_boot(self.core, consoles)
         finally:
             self.booting = False
 
-    async def _boot(self, core: CoreLink, nursery: NurseryLink) -> None:
-        devices = self.config.devices
-        consoles = Consoles(core, self.terminal, devices, self.config.serial.mode)
+    def make_fleet(self, core: CoreLink) -> Fleet:
+        """Begin with workers."""
+        self.fleet = Fleet(core, self.nurseries, self.events, self.rundir.path)
+        return self.fleet
+
+    def consoles(self, core: CoreLink) -> Consoles:
+        """Return the ties of the configured consoles to the outside."""
+        return Consoles(core, self.terminal, self.config.devices, self.config.serial.mode)
+
+    async def _configure(self, core: CoreLink) -> Consoles:
+        consoles = self.consoles(core)
         consoles.give_terminal()
-        self.fleet = Fleet(core, nursery, self.events, self.rundir.path)
+        fleet = self.make_fleet(core)
+        self.configured = True
         made = await core.request(CoreVerb.CONFIGURE, CORE_TIMEOUT, **self.config.for_core())
         self.memory_effects = made.get("memory", {})
         self.stages.add("configured", time.monotonic_ns())
-        for device in devices:
-            await self.fleet.start(device)
+        for device in self.config.devices:
+            await fleet.start(device)
+        return consoles
+
+    async def finish_boot(self, core: CoreLink, consoles: Consoles) -> None:
+        """Wait for the started devices and boot."""
+        assert self.fleet is not None
         await self.fleet.wait_ready()
-        paths = await consoles.ptys(str(made.get("serial", "")))
+        paths = await consoles.ptys(str((await core.request(CoreVerb.INFO)).get("serial", "")))
         self.config = replace(self.config, paths=paths)
         for device_id, path in paths.items():
             self.events.emit("console.pty", device=device_id, path=path)
         self.stages.add("devices-ready", time.monotonic_ns())
+        if self.terminal.settings() is not None:
+            await core.keep_state()  # a successor can undo what comes now
         consoles.make_raw()
         await core.request(CoreVerb.BOOT, CORE_TIMEOUT)
         self.stages.add("boot", time.monotonic_ns())
@@ -189,16 +250,15 @@ class Supervisor:
 
     async def renew(self) -> None:
         """End the machine but not the process: a fresh core and nursery wait for the next boot."""
-        if self._launch is None:
-            raise Internal("this process cannot start another core")
         await self._end_machine()
         self.terminal.restore()
-        for name in (places.CORE, places.FDS, places.CONTROL, places.NURSERY):
+        for name in (places.CORE, places.FDS, places.CONTROL):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.rundir.file(name))
         self.stages = report.Stages(time.monotonic_ns())
         self.config = replace(self.config, paths={})
-        self._token, self.core_child, self.nursery_child = self._launch()
+        self.core_child, self.configured = self._launcher.core(), False
+        self._nursery_child, self.nurseries = self._launcher.nursery(self.core_child), self._new_nurseries()
         self._loop.add_reader(self.core_child.pidfd, self._core_ended)
         await self._connect()
 
@@ -207,24 +267,19 @@ class Supervisor:
         self._change = self._loop.create_task(work)
         await asyncio.shield(self._change)
 
-    async def _wait_child(self, child: Child) -> None:
-        """Wait until `child` has bound its sockets. Raises Internal if it ends instead."""
-        readable: asyncio.Future[None] = self._loop.create_future()
-        self._loop.add_reader(child.ready, settle, readable)
-        try:
-            await readable
-        finally:
-            self._loop.remove_reader(child.ready)
+    async def _wait_core(self) -> None:
+        """Wait until core has bound its sockets. Raises Internal if it ends instead."""
+        child = self.core_child
+        await wait_readable(child.ready)
         if not os.read(child.ready, 1):
             await wait_pidfd(child.pidfd)
-            if child is self.core_child:
-                self._core_ended()
-            raise Internal(f"{child.role} {describe_exit(child.status())} at start")
+            self._core_ended()
+            raise Internal(f"core {describe_exit(child.status())} at start")
 
     # ---- what happens to us
 
-    def _on_core_event(self, name: str, properties: dict[str, Any]) -> None:
-        if name in ("device.ready", "device.failed"):
+    def on_core_event(self, name: str, properties: dict[str, Any]) -> None:
+        if name in ("device.ready", "device.failed", "device.poison", "device.reset-waits"):
             if self.fleet is not None:
                 self.fleet.on_core_event(name, properties)
             return
@@ -259,10 +314,6 @@ class Supervisor:
         if self.fleet is not None:
             self.fleet.on_exited(device, generation, pid, status)
 
-    def _nursery_lost(self) -> None:
-        if self.fleet is not None:
-            self.fleet.nursery_lost()
-
     def _on_signal(self, number: int) -> None:
         if self._ending.done():
             self._kill_at_once(number)
@@ -273,9 +324,11 @@ class Supervisor:
         """A second signal: no ceremony, but still nothing left behind."""
         if self.fleet is not None:
             self.fleet.kill()
-        for child in (self.nursery_child, self.core_child):
-            child.kill()
-            child.close()
+        self.nurseries.kill()
+        for child in (self._nursery_child, self.core_child):
+            if child is not None:
+                child.kill()
+                child.close()
         self.terminal.restore()
         self.rundir.remove()
         os._exit(128 + number)
@@ -308,10 +361,10 @@ class Supervisor:
     def processes(self) -> list[dict[str, Any]]:
         """Describe every living process of the VM with its memory."""
         found = [report.process("controlplane", os.getpid(), os.getppid()),
-                 report.process("core", self.core_child.pid, os.getpid()),
-                 report.process("nursery", self.nursery_child.pid, os.getpid())]
+                 report.process("core", self.core_child.pid, os.getpid())]
+        found += [report.process("nursery", pid, os.getpid()) for pid in self.nurseries.pids()]
         workers = self.fleet.latest() if self.fleet is not None else []
-        found += [report.process("worker", one.pid, self.nursery_child.pid, device=one.device.id,
+        found += [report.process("worker", one.pid, self.nurseries.pid_of(one.device.id), device=one.device.id,
                                  type=one.device.type, generation=one.generation)
                   for one in workers if one.is_alive and one.pid]
         return found
@@ -342,7 +395,7 @@ class Supervisor:
         if self.fleet is not None:
             self.fleet.stopping()
         patience = 0.2
-        if self.core is not None and self.core_child.status() is None:
+        if self.core is not None and self.core_child.is_alive():
             try:
                 await self.core.request(CoreVerb.QUIT, END_TIMEOUT)
                 patience = END_TIMEOUT  # it has told its workers
@@ -351,21 +404,23 @@ class Supervisor:
         if self.fleet is not None:
             await self.fleet.wait_gone(patience)
             self.fleet.kill()
-        if self._nursery is not None:
-            self._nursery.quit()
-        for child in (self.nursery_child, self.core_child):
-            if self.core is None:
-                child.kill()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(END_TIMEOUT):
-                    await wait_pidfd(child.pidfd)
-            child.kill()
-            child.close()
+        self.nurseries.quit()
+        if self.core is None:
+            self.core_child.kill()
+        if self._nursery_child is not None and not self.nurseries.pids():
+            self._nursery_child.kill()
+            self._nursery_child.close()
+        await self.nurseries.wait_gone(END_TIMEOUT)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(END_TIMEOUT):
+                await wait_pidfd(self.core_child.pidfd)
+        self.core_child.kill()
+        self.core_child.close()
         if self.fleet is not None:
             await self.fleet.wait_gone(1.0)
             self.fleet.close()
-        if self._nursery is not None:
-            self._nursery.close()
+        if self._keeping is not None:
+            self._keeping.cancel()
         if self.core is not None:
             await self.core.close()
-        self.core, self.fleet, self._nursery = None, None, None
+        self.core, self.fleet = None, None

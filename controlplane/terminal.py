@@ -17,6 +17,16 @@ class Terminal:
         self.fd = fd
         self._saved: list[Any] | None = None
 
+    def settings(self) -> list[Any] | None:
+        """Return what restore() puts back after make_raw(): known before, so that it can be recorded before."""
+        if self._saved is None and self.is_usable():
+            return termios.tcgetattr(self.fd)
+        return self._saved
+
+    def inherit(self, settings: list[Any] | None) -> None:
+        """Take over from a predecessor, who left the terminal raw; restore() undoes it."""
+        self._saved = settings
+
     def is_usable(self) -> bool:
         """Tell whether it is a terminal and we are in its foreground."""
         try:

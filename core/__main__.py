@@ -1,6 +1,7 @@
 """The core process: `python -m cellvisor.core --run-dir DIR --token HEX --ready-fd N`, started by a controlplane.
 
-It never spawns a process and knows no device type; it ends when told to, or when its controlplane dies.
+It never spawns a process and knows no device type. It ends when told to, or when its controlplane dies before it
+has recorded anything; from then on the VM runs on without one, and a successor adopts it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--token", required=True)
     parser.add_argument("--log-file")
     parser.add_argument("--ready-fd", type=int)
+    parser.add_argument("--controlplane-pidfd", type=int)
     parser.add_argument("-v", dest="verbosity", action="count", default=0)
     options = parser.parse_args(argv)
     log.setup("core", options.verbosity, options.log_file)
@@ -38,12 +40,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         server = Server(options.run_dir, options.token)
         machine = Machine(server)
-        server.bind(machine, Verbs(machine))
+        server.bind(machine, Verbs(machine, server.custody))
     except (CellvisorError, OSError) as error:
         sys.stderr.write(f"cellvisor: {error}\n")
         return 2
-    parent = os.pidfd_open(os.getppid())
-    server.reactor.add(parent, lambda events: machine.abandon(), select.EPOLLIN)
+    if options.controlplane_pidfd is not None:
+        _watch(options.controlplane_pidfd, server, machine)
     if options.ready_fd is not None:
         os.write(options.ready_fd, b"1")
         os.close(options.ready_fd)
@@ -53,6 +55,24 @@ def main(argv: list[str] | None = None) -> int:
         machine.close()
         server.close()
     return 0
+
+
+def _watch(pidfd: int, server: Server, machine: Machine) -> None:
+    """Without a recorded state there is nothing to adopt, and nothing to run on for."""
+    os.set_inheritable(pidfd, False)
+
+    def gone(events: int) -> None:
+        server.reactor.remove(pidfd)
+        os.close(pidfd)
+        if server.custody.generation > 1:
+            return  # a successor is here already
+        if server.custody.blob:
+            log.get("core").warning("the controlplane died: running on without one")
+        else:
+            log.get("core").warning("the controlplane died before there was anything to run: ending")
+            machine.quit()
+
+    server.reactor.add(pidfd, gone, select.EPOLLIN)
 
 
 if __name__ == "__main__":

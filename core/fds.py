@@ -3,6 +3,7 @@
     {"identity", "take": true}       -> {"names": [...]} and the descriptors, once the device is known
     {"identity", "get": name}        -> {"ok": bool} and the descriptor
     {"identity", "deposit": name}    -> {"ok": true}; one descriptor attached
+    {"identity", "pidfd": device}    -> {"ok": bool} and the worker's pidfd; for the controlplane alone
 The first packet of a connection binds it to its identity; a peer that says anything else is hung up on.
 """
 
@@ -35,6 +36,9 @@ class Peers(Protocol):
 
     def take(self, identity: str) -> tuple[list[str], list[int]] | None:
         """Return names and descriptors of a worker's device, None if its Hello has not come yet."""
+
+    def pidfd_of(self, device: str) -> int | None:
+        """Return the pidfd of the device's living worker, or None."""
 
 
 class Connection:
@@ -123,8 +127,9 @@ class FdsServer:
         elif "get" in body:
             name = _name(body["get"])
             device, name = _scope(device, name)
-            stored = self._store.get(device, name)
-            fdpass.send(connection.sock, {"ok": stored is not None}, [] if stored is None else [stored])
+            _lend(connection, self._store.get(device, name))
+        elif "pidfd" in body and not device:
+            _lend(connection, self._peers.pidfd_of(_name(body["pidfd"])))
         elif "deposit" in body:
             device, name = _scope(device, _name(body["deposit"]))
             if len(fds) != 1:
@@ -155,6 +160,10 @@ class FdsServer:
         self._listener.close()
         for connection in list(self._connections.values()):
             self.hang_up(connection)
+
+
+def _lend(connection: Connection, fd: int | None) -> None:
+    fdpass.send(connection.sock, {"ok": fd is not None}, [] if fd is None else [fd])
 
 
 def _name(value: object) -> str:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import zmq
 
 from cellvisor.core import log
+from cellvisor.core.custody import Custody
 from cellvisor.core.errors import CellvisorError, Internal, UsageError
 from cellvisor.core.fds import Connection, FdsServer
 from cellvisor.core.link import Link, WorkerState
@@ -51,7 +52,7 @@ class Server:
         self.store = Store()
         self._verbs: Serves | None = None
         self._devices: Devices | None = None
-        self._controlplane = f"controlplane/{token}"
+        self.custody = Custody(token)
         self._context = zmq.Context()
         self._workers = self._bind(os.path.join(run_dir, places.CORE), self._from_worker)
         self._control = self._bind(os.path.join(run_dir, places.CONTROL), self._from_controlplane)
@@ -105,13 +106,14 @@ class Server:
         self._send(self._workers, identity, body)
 
     def event(self, name: str, **properties: Any) -> None:
-        """Tell the controlplane."""
-        self._send(self._control, self._controlplane, {"event": name, "properties": properties})
+        """Tell the controlplane. While there is none nobody hears it: a successor asks how things are."""
+        self._send(self._control, self.custody.identity, {"event": name, "properties": properties})
 
     # ---- in
 
     def _from_controlplane(self, frames: list[bytes]) -> None:
-        if len(frames) != 2 or frames[0] != self._controlplane.encode():
+        identity = frames[0].decode(errors="replace")
+        if len(frames) != 2 or not self.custody.admits(identity):
             log.get("wire").warning("message of a stranger on the control socket dropped")
             return
         number: object = None
@@ -121,7 +123,7 @@ class Server:
             answer = {"error": result.as_wire()} if isinstance(result, CellvisorError) else {"ok": result}
             if failed:
                 log.get("wire").info("refused: %s", result)
-            self._send(self._control, self._controlplane, {"id": number, **answer})
+            self._send(self._control, identity, {"id": number, **answer})
 
         try:
             body = unpack(frames[1])
@@ -170,7 +172,7 @@ class Server:
 
     def owner_of(self, identity: str) -> str | None:
         """Return the device that `identity` speaks for ("" for the controlplane), or None for a stranger."""
-        if identity == self._controlplane:
+        if identity == self.custody.identity:
             return ""
         link = self._link_of(identity)
         return link.device if link else None
@@ -201,6 +203,14 @@ class Server:
         if link is None or self._devices is None:
             return None
         return link.descriptors(self._devices.shared_descriptors())
+
+    def pidfd_of(self, device: str) -> int | None:
+        """Return the pidfd of the device's living worker, still ours; None if it has not come yet or is gone."""
+        link = self._devices.links.get(device) if self._devices else None
+        if link is None or link.worker is None or link.worker.state is WorkerState.DEAD:
+            return None
+        connection = link.worker.connection
+        return connection.pidfd if connection is not None and connection.pidfd >= 0 else None
 
     def offer(self, connection: Connection) -> None:
         """Answer a worker that waits for its descriptors."""

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from cellvisor.core.config import machine_config
-from cellvisor.core.errors import Conflict, NotFound, UsageError
+from cellvisor.core.custody import Custody
+from cellvisor.core.errors import CellvisorError, Conflict, NotFound, UsageError
 from cellvisor.core.link import Link
 from cellvisor.core.machine import Machine
 from cellvisor.core.server import Reply
-from cellvisor.core.wire.messages import CoreVerb
+from cellvisor.core.wire.messages import CoreVerb, ToWorker
 
 MAX_PCI_SLOT = 31
 
@@ -18,22 +19,33 @@ MAX_PCI_SLOT = 31
 class Verbs:
     """The table: verb -> method(args, reply)."""
 
-    def __init__(self, machine: Machine) -> None:
-        self._machine = machine
+    def __init__(self, machine: Machine, custody: Custody) -> None:
+        self._machine, self._custody = machine, custody
         self._table: dict[str, Callable[[dict[str, Any], Reply], None]] = {
             CoreVerb.CONFIGURE: self._configure, CoreVerb.ATTACH: self._attach, CoreVerb.BOOT: self._boot,
             CoreVerb.PAUSE: self._pause, CoreVerb.RESUME: self._resume, CoreVerb.RESET: self._reset,
             CoreVerb.POWER_BUTTON: self._power_button, CoreVerb.NMI: self._nmi, CoreVerb.INFO: self._info,
             CoreVerb.DEVICES: self._devices, CoreVerb.CALL: self._call, CoreVerb.QUIT: self._quit,
+            CoreVerb.STATE: self._state, CoreVerb.QUIESCE: self._quiesce, CoreVerb.UNQUIESCE: self._unquiesce,
+            CoreVerb.RELEASE: self._release,
             CoreVerb.PLUG: self._plug, CoreVerb.UNPLUG: self._unplug, CoreVerb.DETACH: self._detach,
         }
 
     def serve(self, verb: str, args: dict[str, Any], reply: Reply) -> None:
-        """Serve a request of the controlplane; `reply` is called once, now or later."""
+        """Serve a request of the controlplane; `reply` is called once, now or later.
+
+        The controlplane's state that comes along is kept unless the step is refused.
+        """
         handler = self._table.get(verb)
         if handler is None:
             raise UsageError(f"{verb}: core has no such verb")
+        blob = Custody.checked(args["blob"]) if "blob" in args else None
         handler(args, reply)
+        if blob is not None:
+            self._custody.blob = blob
+
+    def _state(self, args: dict[str, Any], reply: Reply) -> None:
+        reply({} if "blob" in args else {"blob": self._custody.blob})
 
     def _configure(self, args: dict[str, Any], reply: Reply) -> None:
         machine = self._machine
@@ -96,8 +108,9 @@ class Verbs:
         machine = self._machine
         board = machine.platform.board if machine.platform else None
         reply({
-            "state": str(machine.state), "resets": machine.resets,
+            "state": str(machine.state), "reason": machine.reason, "resets": machine.resets,
             "memory": machine.ram.size if machine.ram else 0,
+            "memory_effects": machine.ram.effects if machine.ram else {},
             "vcpus": [{**vcpu.counters(), "where": vcpu.where() if machine.paused else ""}
                       for vcpu in machine.vcpus],
             "first_entry_ns": board.first_entry_ns if board else 0,
@@ -112,10 +125,28 @@ class Verbs:
                            for link in machine.links.values()],
                "slots": {str(slot): state for slot, state in (plugs.states() if plugs else {}).items()}})
 
-    def _call(self, args: dict[str, Any], reply: Reply) -> None:
+    def _link(self, args: dict[str, Any]) -> Link:
         link = self._machine.links.get(str(args.get("device")))
         if link is None:
             raise NotFound(f"no device {args.get('device')!r}", hint="see `cellvisor devices`")
+        return link
+
+    def _quiesce(self, args: dict[str, Any], reply: Reply) -> None:
+        link = self._link(args)
+        self._machine.quiesce(link, lambda late: reply({"late": bool(late), "alive": link.alive}))
+
+    def _unquiesce(self, args: dict[str, Any], reply: Reply) -> None:
+        link = self._link(args)
+        if not self._machine.paused:
+            link.send(ToWorker.RESUME)
+        reply({})
+
+    def _release(self, args: dict[str, Any], reply: Reply) -> None:
+        self._link(args).send(ToWorker.END)
+        reply({})
+
+    def _call(self, args: dict[str, Any], reply: Reply) -> None:
+        link = self._link(args)
         verb, given = args.get("verb"), args.get("args") or {}
         if not isinstance(verb, str) or not isinstance(given, dict):
             raise UsageError("call: verb or args has the wrong type")
@@ -124,6 +155,13 @@ class Verbs:
     def _quit(self, args: dict[str, Any], reply: Reply) -> None:
         reply({})
         self._machine.quit()
+
+
+def _private_version(link: Link) -> int:
+    try:
+        return link.state.load_private()[0] if link.state else 0
+    except CellvisorError:  # a worker wrote nonsense there; its successor says so
+        return 0
 
 
 def _seconds(args: dict[str, Any], key: str, default: float) -> float:
@@ -141,6 +179,7 @@ def _describe(link: Link) -> dict[str, Any]:
         "state": worker.state.value if worker else "absent", "pid": worker.pid if worker else 0,
         "generation": worker.generation if worker else 0, "active": link.activation is not None,
         "failure": link.failure, "counters": dict(link.values),
+        "private_version": _private_version(link),
     }
 
 

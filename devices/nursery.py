@@ -1,8 +1,10 @@
 """The forker of device processes: preloaded, single-threaded, without a ZeroMQ context of its own.
 
     python -m cellvisor.devices.nursery --socket PATH [--core-pidfd N] [--ready-fd N] [--log PATH] [-v]
+                                        [--controlplane-pidfd N --successor JSON]
 Serves ToNursery/FromNursery (core/wire/messages.py) on a SOCK_SEQPACKET socket, one connection at a time;
 what happens while nobody is connected is told to the next one. Ends with QUIT, or with core and all workers.
+It starts a successor of the controlplane when that dies.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import json
 import logging
 import os
 import select
@@ -27,6 +30,7 @@ from cellvisor.core.wire import fdpass
 from cellvisor.core.wire.messages import FromNursery, ToNursery
 from cellvisor.core.wire.reactor import Reactor
 from cellvisor.devices import catalog, worker
+from cellvisor.devices.guardian import Guardian
 
 REAP_SECONDS = 0.8  # "within 1 s" of core's death
 MAX_UNTOLD = 1000
@@ -43,17 +47,20 @@ class Child:
 
 
 class Nursery:
-    """The loop: requests, children's pidfds, core's pidfd."""
+    """The loop: requests, children's pidfds, core's pidfd. `successor` is the command line of a controlplane."""
 
-    def __init__(self, path: str, core_pidfd: int, verbosity: int, log_path: str | None) -> None:
+    def __init__(self, path: str, core_pidfd: int, verbosity: int, log_path: str | None,
+                 successor: list[str]) -> None:
         self._verbosity, self._log_path, self._core_pidfd = verbosity, log_path, core_pidfd
         self._log = log.get("nursery")
         self._path = path
         self._catalog = catalog.load()
         self._children: dict[tuple[str, int], Child] = {}
+        self._wards: dict[int, int] = {}
         self._untold: list[dict[str, Any]] = []
         self._peer: socket.socket | None = None
         self._reactor = Reactor()
+        self.guardian = Guardian(self._reactor, successor, self._superseded)
         self._listener = fdpass.listen(path)
         self._reactor.add(self._listener.fileno(), lambda events: self._accept())
         if core_pidfd >= 0:
@@ -65,7 +72,9 @@ class Nursery:
         gc.freeze()
         self._reactor.run()
         self._kill_all()
-        os.unlink(self._path)
+        self.guardian.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)
 
     # ---- the controlplane
 
@@ -77,10 +86,17 @@ class Nursery:
         self._hang_up()
         sock.settimeout(1.0)  # who does not read our reports for a second is hung up on
         self._peer = sock
+        pid = int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], "little")
+        self.guardian.connected(pid)
         self._reactor.add(sock.fileno(), lambda events: self._request(events))
         untold, self._untold = self._untold, []
         for body in untold:
             self._tell(body)
+
+    def _superseded(self) -> None:
+        """Somebody steers the VM and may not know us: without workers we are of no use to anybody."""
+        if self._peer is None and not self._children:
+            self._reactor.stop()
 
     def _hang_up(self) -> None:
         if self._peer is not None:
@@ -108,18 +124,29 @@ class Nursery:
             self._hang_up()
             return
         body, fds = packet
-        for fd in fds:
-            os.close(fd)
         try:
-            self._serve(body)
+            self._serve(body, fds)
         except CellvisorError as error:
             about: dict[str, Any] = {key: body[key] for key in ("id", "device", "generation") if key in body}
             self._tell({"k": FromNursery.ERROR, **about, "error": error.as_wire()})
+        finally:
+            for fd in fds:
+                os.close(fd)
 
-    def _serve(self, body: dict[str, Any]) -> None:
+    def _serve(self, body: dict[str, Any], fds: list[int]) -> None:
+        """Answer one request. Descriptors that are not taken out of `fds` are closed."""
         kind = body.get("k")
         if kind == ToNursery.CATALOG:
             self._tell({"k": FromNursery.CATALOG, **self._catalog.as_wire()})
+        elif kind == ToNursery.CHILDREN:
+            children = list(self._children.values())[:fdpass.MAX_FDS]
+            self._tell({"k": FromNursery.CHILDREN, "children": [[child.device, child.generation, child.pid]
+                                                                for child in children]},
+                       *(child.pidfd for child in children))
+        elif kind == ToNursery.WARD:
+            pids = body.get("pids")
+            for pid in pids if isinstance(pids, list) and len(pids) == len(fds) else ():
+                self._ward(pid, fds.pop(0))
         elif kind == ToNursery.SPAWN:
             self._spawn(body)
         elif kind == ToNursery.KILL:
@@ -155,6 +182,20 @@ class Nursery:
         self._tell({"k": FromNursery.SPAWNED, "device": who.device, "generation": who.generation, "pid": pid},
                    child.pidfd)
 
+    def _ward(self, pid: int, pidfd: int) -> None:
+        """Answer for a worker that another nursery forked."""
+        if pid in self._wards or pid in {child.pid for child in self._children.values()}:
+            os.close(pidfd)
+            return
+        self._wards[pid] = pidfd
+
+        def ended(events: int) -> None:
+            self._reactor.remove(pidfd)
+            os.close(pidfd)
+            del self._wards[pid]
+
+        self._reactor.add(pidfd, ended)
+
     def _reap(self, child: Child) -> None:
         """Collect a child that ended, if it did, and report it."""
         result = os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED | os.WNOHANG)
@@ -176,6 +217,9 @@ class Nursery:
         """Kill and reap every worker. One that hangs in the kernel is left to init."""
         for child in self._children.values():
             _kill(child)
+        for pidfd in self._wards.values():
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         end = time.monotonic() + REAP_SECONDS
         for child in list(self._children.values()):
             select.select([child.pidfd], [], [], max(0.0, end - time.monotonic()))
@@ -226,6 +270,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--socket", required=True)
     parser.add_argument("--core-pidfd", type=int, default=-1)
     parser.add_argument("--ready-fd", type=int, default=-1, help="gets one byte when the socket listens")
+    parser.add_argument("--controlplane-pidfd", type=int, default=-1)
+    parser.add_argument("--successor", type=json.loads, default=[], help="command line, as JSON")
     parser.add_argument("--log", default=None)
     parser.add_argument("-v", action="count", default=0, dest="verbosity")
     args = parser.parse_args(argv)
@@ -233,7 +279,11 @@ def main(argv: list[str] | None = None) -> int:
     with contextlib.suppress(PermissionError):  # a session leader already
         os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    nursery = Nursery(args.socket, args.core_pidfd, args.verbosity, args.log)
+    for fd in {args.core_pidfd, args.controlplane_pidfd} - {-1}:
+        os.set_inheritable(fd, False)
+    nursery = Nursery(args.socket, args.core_pidfd, args.verbosity, args.log, args.successor)
+    if args.controlplane_pidfd >= 0:
+        nursery.guardian.watch(args.controlplane_pidfd)
     if args.ready_fd >= 0:
         os.write(args.ready_fd, b"\n")
         os.close(args.ready_fd)

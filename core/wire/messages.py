@@ -77,6 +77,10 @@ class CoreVerb(StrEnum):
     slot.bound, slot.ost {event, status}, slot.ejected {how: guest|reset|force}, slot.freed, eject.unexpected.
     Times are in ns of CLOCK_MONOTONIC. The user's terminal is deposited as `<device>/tty` (output) and
     `<device>/tty-in`; the serial port's device is `__serial`.
+
+    Any args may carry `blob`, the controlplane's state after the step (core/custody.py); STATE only stores one, or
+    without one returns the last. QUIESCE {device} has one worker finish what it executes and fetch nothing more
+    -> {late, alive}; then UNQUIESCE lets it go on, or RELEASE ends it: its descriptors and locks are free.
     """
 
     CONFIGURE = "configure"
@@ -94,18 +98,26 @@ class CoreVerb(StrEnum):
     DEVICES = "devices"
     CALL = "call"
     QUIT = "quit"
+    STATE = "state"
+    QUIESCE = "quiesce"
+    UNQUIESCE = "unquiesce"
+    RELEASE = "release"
 
 
 class ToNursery(StrEnum):
     """What the controlplane asks of the nursery (AF_UNIX SOCK_SEQPACKET, descriptors by SCM_RIGHTS).
 
-    SPAWN {device, generation, type, options, token, run_dir} -> SPAWNED {device, generation, pid} with a pidfd;
-    later EXITED {device, generation, pid, status}, status being "exit N" or "signal N".
+    SPAWN {device, generation, type, options, token, run_dir, suspect?, drain?} -> SPAWNED {device, generation, pid}
+    with a pidfd; later EXITED {device, generation, pid, status}, status being "exit N" or "signal N". CHILDREN ->
+    CHILDREN {children: [[device, generation, pid], ...]} with their pidfds. WARD {pids} with pidfds: workers of a
+    nursery that died, to be killed with the others when core is gone.
     """
 
     CATALOG = "catalog"
     SPAWN = "spawn"
     KILL = "kill"
+    CHILDREN = "children"
+    WARD = "ward"
     QUIT = "quit"
 
 
@@ -115,6 +127,7 @@ class FromNursery(StrEnum):
     CATALOG = "catalog"
     SPAWNED = "spawned"
     EXITED = "exited"
+    CHILDREN = "children"
     ERROR = "error"
 
 

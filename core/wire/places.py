@@ -17,12 +17,19 @@ LONGEST = "nursery-99.sock"
 MAX_NAME = 64
 
 LOCK = "lock"
+PILOT = "pilot"  # locked by the controlplane of the day alone; holds what a successor needs to be let in
 API = "api.sock"
 EVENTS = "events.sock"
 CORE = "core.sock"
 FDS = "fds.sock"
 CONTROL = "control.sock"
 NURSERY = "nursery.sock"
+MAX_NURSERIES = 100
+
+
+def nursery(number: int) -> str:
+    """Return the socket name of the `number`th nursery of a VM."""
+    return f"nursery-{number}.sock" if number else NURSERY
 
 
 def base_dir(environ: Mapping[str, str] | None = None) -> str:

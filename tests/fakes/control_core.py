@@ -15,6 +15,7 @@ import time
 
 import zmq
 
+from cellvisor.core.custody import Custody
 from cellvisor.core.errors import Conflict, UsageError
 from cellvisor.core.wire import fdpass, places
 from cellvisor.core.wire.messages import pack, unpack
@@ -24,7 +25,8 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     for flag in ("--run-dir", "--token", "--log-file"):
         parser.add_argument(flag)
-    parser.add_argument("--ready-fd", type=int)
+    for flag in ("--ready-fd", "--controlplane-pidfd"):
+        parser.add_argument(flag, type=int)
     parser.add_argument("-v", action="count")
     options = parser.parse_args()
     script = json.loads(os.environ.get("CELLVISOR_FAKE", "{}"))
@@ -40,12 +42,12 @@ def main() -> int:
     fds.setblocking(True)
     os.write(options.ready_fd, b"1")
     os.close(options.ready_fd)
-    peer = f"controlplane/{options.token}".encode()
+    custody = Custody(options.token)
     parent = os.getppid()
     paused, first_entry = False, 0
 
     def event(name: str, /, **properties: object) -> None:
-        sock.send_multipart([peer, pack({"event": name, "properties": properties})])
+        sock.send_multipart([custody.identity.encode(), pack({"event": name, "properties": properties})])
 
     poller = zmq.Poller()
     poller.register(sock, zmq.POLLIN)
@@ -56,14 +58,14 @@ def main() -> int:
             with fds.accept()[0] as connection:
                 packet = fdpass.receive(connection)
                 assert packet is not None
-                assert packet[0]["identity"].encode() == peer
+                assert packet[0]["identity"] == custody.identity
                 for fd in packet[1]:
                     os.close(fd)
                 fdpass.send(connection, {"ok": True})
         if sock not in ready:
             continue
         identity, data = sock.recv_multipart()
-        assert identity == peer
+        assert custody.admits(identity.decode())
         body = unpack(data)
         verb, args, answer = body["verb"], body["args"], {}
         error = None

@@ -43,9 +43,9 @@ CATALOG = {
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    for flag in ("--socket", "--log"):
+    for flag in ("--socket", "--log", "--successor"):
         parser.add_argument(flag)
-    for flag in ("--core-pidfd", "--ready-fd"):
+    for flag in ("--core-pidfd", "--ready-fd", "--controlplane-pidfd"):
         parser.add_argument(flag, type=int)
     parser.add_argument("-v", action="count")
     options = parser.parse_args()

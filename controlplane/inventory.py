@@ -15,6 +15,7 @@ from cellvisor.core.wire.options import defaults, parse_kv, validate
 
 SLOTS = range(1, 32)  # slot 0 is the host bridge
 _COMMON = ("id", "pci_segment", "pci_device_id", "iommu")
+_CARE = ("restart_budget", "restart_window", "restart_backoff", "hang_timeout", "io_timeout")  # kept if given
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +155,8 @@ class Inventory:
                                hint="remove a device first")
             ids.add(key)
             full = {**defaults(kind.schema), **options}
-            left = {name: value for name, value in full.items() if name not in _COMMON and value is not None}
+            common = {*_COMMON, *(name for name in _CARE if name not in options)}
+            left = {name: value for name, value in full.items() if name not in common and value is not None}
             added.append(Device(key, kind.name, kind.verb, slot, left))
         self._devices.update((device.id, device) for device in added)
         self._count = count

@@ -24,6 +24,11 @@ LARGE = 0x80
 MAPPED_GIB = 4
 
 
+# Linux on hardware-reduced ACPI without EFI reboots by jumping to the BIOS entry (arch/x86/kernel/reboot.c,
+# efi_reboot_required): mov dx, PORT_PM; mov al, 1; out dx, al; hlt; jmp to the hlt.
+RESET_STUB = b"\xba" + struct.pack("<H", layout.PORT_PM) + b"\xb0\x01\xee\xf4\xeb\xfd"
+
+
 def gdt(kind: Kind) -> bytes:
     """Return the descriptor table: two null entries, code, data, and a task segment of two entries."""
     return struct.pack("<6Q", 0, 0, CODE_64 if kind == "long" else CODE_32, DATA, TASK, 0)

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from cellvisor.core import log
 from cellvisor.core.boot import bzimage, elf
-from cellvisor.core.boot.cpustate import gdt, page_tables
+from cellvisor.core.boot.cpustate import RESET_STUB, gdt, page_tables
 from cellvisor.core.boot.image import Image, Kind
 from cellvisor.core.boot.pvh import start_info
 from cellvisor.core.boot.source import Source
@@ -83,6 +83,7 @@ def load(ram: Ram, config: BootConfig) -> Entry:
                 kernel.read_into(segment.offset, ram.view(segment.gpa, segment.file_size))
     ram.write(layout.CMDLINE, cmdline + b"\0")
     ram.write(layout.GDT, gdt(image.kind))
+    ram.write(layout.RESET_VECTOR, RESET_STUB)
     ram.write(layout.PAGE_TABLES, page_tables())
     if image.kind == "pvh":
         boot_params = layout.PVH_START_INFO

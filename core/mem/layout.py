@@ -26,7 +26,8 @@ CMDLINE: Final = 0x20000
 CMDLINE_SIZE: Final = 64 * KIB
 LOW_USABLE_END: Final = 0xA0000
 ACPI_TABLES: Final = 0xA0000  # RSDP first; firmware area, hidden from the guest's allocator by e820
-ACPI_TABLES_END: Final = 0x100000
+ACPI_TABLES_END: Final = 0xF0000
+RESET_VECTOR: Final = 0xFFFF0  # F000:FFF0, where a kernel that reboots "by BIOS" jumps in real mode
 KERNEL: Final = 0x100000
 
 # Guest-physical map.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cellvisor.core.abi import acpi
 from cellvisor.core.boot.loader import BootConfig, Entry, load
 from cellvisor.core.errors import UsageError
 from cellvisor.core.mem import layout
@@ -314,3 +315,9 @@ def test_largest_memory_leaves_a_device_window() -> None:
 def test_ranges_split_around_the_hole() -> None:
     assert layout.ranges(3 << 30) == [(0, 3 << 30, 0)]
     assert layout.ranges((3 << 30) + 2 * MIB) == [(0, 3 << 30, 0), (4 << 30, 2 * MIB, 3 << 30)]
+
+
+def test_a_jump_to_the_bios_entry_pulls_the_reset_line(tmp_path: Path) -> None:
+    _, ram = boot(tmp_path, kernels.elf())
+    code = ram.peek(0xFFFF0, 9)
+    assert code == b"\xba" + struct.pack("<H", layout.PORT_PM) + bytes((0xB0, acpi.RESET_VALUE)) + b"\xee\xf4\xeb\xfd"

@@ -48,7 +48,7 @@ def test_defaults_and_aliases() -> None:
     ({"more": 1}, "bad-request", "unknown key 'more'"),
     ({"verb": "pnig"}, "unknown-verb", "unknown verb 'pnig' .did you mean ping"),
     ({"verb": ["ping"]}, "unknown-verb", "unknown verb"),
-    ({"verb": "add-disk"}, "not-supported", "add-disk: not supported yet"),
+    ({"verb": "snapshot"}, "not-supported", "snapshot: not supported yet"),
     ({"args": []}, "bad-request", "ping: list instead of an object"),
     ({"args": {"x": 1}}, "bad-request", "ping: unknown key 'x'"),
     ({"verb": "events", "args": {"since": -1}}, "bad-request", "events: since=-1 is below 0"),

@@ -45,6 +45,7 @@ def main() -> int:
     custody = Custody(options.token)
     parent = os.getppid()
     paused, first_entry = False, 0
+    attached: set[str] = set()
 
     def event(name: str, /, **properties: object) -> None:
         sock.send_multipart([custody.identity.encode(), pack({"event": name, "properties": properties})])
@@ -75,12 +76,17 @@ def main() -> int:
             error = Conflict("the VM is paused already")
         elif verb == "info":
             answer = {"state": "running", "first_entry_ns": first_entry, "stages": [[0x41, first_entry + 1000]]}
+        elif verb == "devices":
+            answer = {"devices": [{"device": device, "counters": {}} for device in attached]}
+        elif verb == "call" and args["verb"] == "counters":
+            answer = {"result": {"read_bytes": 4096}}
         elif verb == "quit" and "deaf" in do:
             time.sleep(60)
         if error:
             sock.send_multipart([identity, pack({"id": body["id"], "error": error.as_wire()})])
             continue
         if verb == "attach":
+            attached.add(args["device"])
             reason = script.get("fail", {}).get(args["device"])
             if reason:
                 event("device.failed", device=args["device"], reason=reason)

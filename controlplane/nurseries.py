@@ -36,8 +36,9 @@ Wards = Callable[[], list[tuple[int, int]]]
 class Nurseries:
     """`launch(number)` starts one, `wards()` lists the living workers (pid, pidfd), `changed()` wants it recorded."""
 
-    def __init__(self, launch: Launch, rundir: RunDir, events: EventLog, on_exited: Exited, wards: Wards,
+    def __init__(self, launch: Launch, core: Child, rundir: RunDir, events: EventLog, on_exited: Exited, wards: Wards,
                  changed: Callable[[], None]) -> None:
+        self._core = core
         self._launch, self._rundir, self._events, self._on_exited = launch, rundir, events, on_exited
         self._wards, self._changed = wards, changed
         self._loop = asyncio.get_running_loop()
@@ -135,12 +136,12 @@ class Nurseries:
 
     def _lost(self, number: int) -> None:
         """A nursery hung up, so it is dead or as good as that."""
+        if self._stopping or not self._core.is_alive():
+            return  # it does what it should
         child = self._processes[number]
         child.kill()
         self._forget(number)
         self.homes = {device: home for device, home in self.homes.items() if home != number}
-        if self._stopping:
-            return
         if number != self.present:
             if self.present in self._links:
                 self._links[self.present].ward(self._wards())
@@ -179,6 +180,10 @@ class Nurseries:
         """Have older nurseries end that no device is at home in any more."""
         for number in set(self._links) - {self.present, *self.homes.values()}:
             self._links[number].quit()
+
+    def stopping(self) -> None:
+        """From now on a nursery that ends does what it should."""
+        self._stopping = True
 
     def quit(self) -> None:
         """Ask every nursery to end, with whatever workers are left."""

@@ -163,7 +163,8 @@ class Supervisor:
         await self.nurseries.open(0, self._nursery_child)
 
     def _new_nurseries(self) -> Nurseries:
-        return Nurseries(lambda number: self._launcher.nursery(self.core_child, number), self.rundir, self.events,
+        core = self.core_child
+        return Nurseries(lambda number: self._launcher.nursery(core, number), core, self.rundir, self.events,
                          self._worker_exited, self._wards, self.changed)
 
     def _wards(self) -> list[tuple[int, int]]:
@@ -279,7 +280,7 @@ class Supervisor:
     # ---- what happens to us
 
     def on_core_event(self, name: str, properties: dict[str, Any]) -> None:
-        if name in ("device.ready", "device.failed", "device.poison", "device.reset-waits"):
+        if name in ("device.ready", "device.failed", "device.expelled", "device.poison", "device.reset-waits"):
             if self.fleet is not None:
                 self.fleet.on_core_event(name, properties)
             return
@@ -392,6 +393,7 @@ class Supervisor:
         """End workers, nursery and core, each asked first and killed if it does not listen."""
         if self.core_child.pidfd >= 0:
             self._loop.remove_reader(self.core_child.pidfd)
+        self.nurseries.stopping()
         if self.fleet is not None:
             self.fleet.stopping()
         patience = 0.2

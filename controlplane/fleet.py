@@ -1,8 +1,9 @@
 """The VM's workers: one incarnation per device and generation, from its start to the report of its end.
 
     spawning --SPAWNED--> running --device.ready--> serving --+--> dead --back-off--> the next generation
-        |                    |                                |     +-- budget spent --> failed (parked)
+        |                    |                                |     +-- budget spent, refused --> parked --revive-->
         +---- never served: failed (a bad option, a lock) ----+--> ended    we asked for it
+    parked --drain(), or a reset waits--> spawning --> draining --the driver's reset--> parked
 
 Every way a worker can die ends in _lost(), the one place that decides what happens next (controlplane/
 recovery.py). start() gives whoever follows the next generation; core drops what any other one says.
@@ -15,71 +16,43 @@ import contextlib
 import logging
 import os
 import time
-from dataclasses import dataclass
-from enum import StrEnum
+from collections.abc import Coroutine
 from typing import Any
 
+from cellvisor.controlplane.blob import Life
 from cellvisor.controlplane.corelink import CoreLink
 from cellvisor.controlplane.events import EventLog
+from cellvisor.controlplane.incarnation import Incarnation as Incarnation
+from cellvisor.controlplane.incarnation import State as State
 from cellvisor.controlplane.inventory import Device
-from cellvisor.controlplane.nurserylink import NurseryLink
+from cellvisor.controlplane.nurseries import DIED, Nurseries
 from cellvisor.controlplane.processes import describe_exit, kill_pidfd
-from cellvisor.controlplane.recovery import Budget, is_self_inflicted
+from cellvisor.controlplane.recovery import Budget, Policy, is_self_inflicted
+from cellvisor.controlplane.waiting import wait_pidfd as wait_pidfd
 from cellvisor.core import log
 from cellvisor.core.errors import CellvisorError, Conflict, NotFound, TryAgain, UsageError
 from cellvisor.core.wire.messages import CoreVerb
 
 READY_TIMEOUT = 60.0
+START_TIMEOUT = 30.0  # of a successor: it may wait 10 s for the fence
+LIMITS = ("hang_timeout", "io_timeout")  # options that core acts on
 REPORT_DELAY = 0.05  # core's report of a death and the nursery's come one shortly after the other
+START_ATTEMPTS = 3  # when a nursery dies over it
 GAVE_UP = "its process ended"
-
-
-class State(StrEnum):
-    SPAWNING = "spawning"
-    RUNNING = "running"
-    SERVING = "serving"
-    DEAD = "dead"
-    FAILED = "failed"
-    ENDED = "ended"
-
-
-@dataclass(slots=True)
-class Incarnation:
-    """One process of a device. `pidfd` is ours."""
-
-    device: Device
-    generation: int
-    token: str
-    ready: asyncio.Future[None]
-    state: State = State.SPAWNING
-    pid: int = 0
-    pidfd: int = -1
-    reason: str = ""
-    how: str = ""
-    status: int | None = None
-    served: bool = False
-
-    @property
-    def is_alive(self) -> bool:
-        return self.state in (State.SPAWNING, State.RUNNING, State.SERVING)
-
-    def close(self) -> None:
-        """Let the pidfd go."""
-        if self.pidfd >= 0:
-            os.close(self.pidfd)
-            self.pidfd = -1
 
 
 class Fleet:
     """The latest incarnation of every device."""
 
-    def __init__(self, core: CoreLink, nursery: NurseryLink, events: EventLog, run_dir: str) -> None:
+    def __init__(self, core: CoreLink, nursery: Nurseries, events: EventLog, run_dir: str) -> None:
         self._core, self._nursery, self._events, self._run_dir = core, nursery, events, run_dir
         self._loop = asyncio.get_running_loop()
         self._latest: dict[str, Incarnation] = {}
         self._used: dict[str, int] = {}  # last generation of devices that were retired: late reports name it
         self._budgets: dict[str, Budget] = {}
+        self._drains: dict[str, Budget] = {}
         self._died_at: dict[str, float] = {}
+        self._reset_waits: set[str] = set()
         self._restarts: set[asyncio.Task[None]] = set()
         self._stopping = False
 
@@ -87,37 +60,99 @@ class Fleet:
         """Return every device's latest incarnation, in slot order."""
         return sorted(self._latest.values(), key=lambda one: one.device.slot)
 
-    async def start(self, device: Device, *, suspect: bool = False) -> Incarnation:
+    async def start(self, device: Device, *, suspect: bool = False, drains: bool = False) -> Incarnation:
         """Announce the next generation of `device` to core and fork it. Raises CellvisorError.
 
         `suspect`: its predecessor killed itself, so requests that had begun are replayed one at a time.
+        `drains`: fail all requests instead of serving them, until the driver resets the device.
         """
+        for _ in range(START_ATTEMPTS - 1):
+            try:
+                return await self._start(device, suspect, drains)
+            except TryAgain as error:
+                if error.code != DIED:
+                    raise
+        return await self._start(device, suspect, drains)
+
+    async def _start(self, device: Device, suspect: bool, drains: bool) -> Incarnation:
         before = self._latest.get(device.id)
         if before is not None and before.is_alive:
             raise Conflict(f"{device.id}: generation {before.generation} is alive")
         last = before.generation if before else self._used.get(device.id, 0)
-        one = Incarnation(device, last + 1, os.urandom(16).hex(),
-                          self._loop.create_future())
+        one = Incarnation(device, last + 1, os.urandom(16).hex(), self._loop.create_future(),
+                          served=before is not None and before.served, drains=drains)
         one.ready.add_done_callback(lambda ready: ready.cancelled() or ready.exception())  # may go unseen
         self._latest[device.id] = one
-        await self._core.request(CoreVerb.ATTACH, device=device.id, generation=one.generation,
-                                 token=one.token, slot=device.slot, type=device.type)
-        one.pid, one.pidfd = await self._nursery.spawn(
-            device.id, one.generation, type=device.type, options=device.options, token=one.token,
-            run_dir=self._run_dir, suspect=suspect)
+        limits = {key: device.options[key] for key in LIMITS if key in device.options}
+        try:
+            await self._core.request(CoreVerb.ATTACH, device=device.id, generation=one.generation,
+                                     token=one.token, slot=device.slot, type=device.type, **limits)
+            one.pid, one.pidfd = await self._nursery.spawn(
+                device.id, one.generation, type=device.type, options=device.options, token=one.token,
+                run_dir=self._run_dir, suspect=suspect, drain=drains)
+        except CellvisorError:
+            one.state = State.ENDED
+            raise
         if one.state is State.SPAWNING:
             one.state = State.RUNNING
         if self._latest.get(device.id) is not one:
             kill_pidfd(one.pidfd)
             one.close()
             raise Conflict(f"{device.id}: was removed meanwhile")
+        self._watch(one)
         return one
+
+    def _watch(self, one: Incarnation) -> None:
+        """Notice its end even if neither core nor its nursery live to tell; they know more, so they come first."""
+
+        def ended() -> None:
+            self._loop.remove_reader(one.pidfd)
+            self._loop.call_later(4 * REPORT_DELAY, self._lost, one)
+
+        if one.pidfd >= 0 and one.is_alive:
+            self._loop.add_reader(one.pidfd, ended)
+            if not one.ready.done():
+                timer = self._loop.call_later(START_TIMEOUT, self._too_slow, one)
+                one.ready.add_done_callback(lambda ready: timer.cancel())
+
+    def _too_slow(self, one: Incarnation) -> None:
+        if one.state is State.RUNNING and one.served:  # a first one is waited for by who wants it
+            one.reason = f"did not come up within {START_TIMEOUT:g} s"
+            kill_pidfd(one.pidfd)
+
+    # ---- from one controlplane to the next
+
+    def lives(self) -> dict[str, Life]:
+        """Return what a successor must know of each device's latest incarnation."""
+        return {one.device.id: Life(one.generation, one.token, one.is_parked or one.drains, one.reason, one.served,
+                                    self._budget(one.device).moments()) for one in self.latest()}
+
+    def take_over(self, device: Device, life: Life, *, pid: int, pidfd: int, serving: bool) -> Incarnation:
+        """Go on with an incarnation that a predecessor of ours started. `pidfd` is ours, -1 if it has ended."""
+        state = State.SERVING if serving else State.RUNNING
+        if life.parked:
+            state = State.PARKED if life.served else State.FAILED
+        one = Incarnation(device, life.generation, life.token, self._loop.create_future(), state, pid, pidfd,
+                          life.reason, served=life.served or serving)
+        one.ready.add_done_callback(lambda ready: ready.cancelled() or ready.exception())
+        if serving:
+            one.ready.set_result(None)
+        self._latest[device.id] = one
+        self._budget(device).inherit(life.restarts)
+        self._watch(one)
+        return one
+
+    def forget(self, device_id: str) -> None:
+        """The latest incarnation ended without having served: the next one is started by who says so."""
+        self._latest[device_id].state = State.ENDED
 
     def retire(self, device_id: str) -> Incarnation | None:
         """Forget a device: it gets no successor. Its process, if there is one, and its pidfd are the caller's."""
         one = self._latest.pop(device_id, None)
         self._budgets.pop(device_id, None)
         self._died_at.pop(device_id, None)
+        self._drains.pop(device_id, None)
+        self._reset_waits.discard(device_id)
         if one is not None:
             self._used[device_id] = one.generation
             one.state = State.ENDED
@@ -137,22 +172,37 @@ class Fleet:
     # ---- what core and the nursery report
 
     def on_core_event(self, name: str, properties: dict[str, Any]) -> None:
-        """Follow device.ready and device.failed."""
+        """Follow device.ready, .failed, .expelled, .poison and .reset-waits."""
         one = self._latest.get(str(properties.get("device", "")))
-        if one is None or properties.get("generation", one.generation) != one.generation or not one.is_alive:
+        if one is None:
+            return
+        if name == "device.reset-waits":
+            self._reset_waits.add(one.device.id)
+            self._finish_reset(one)
+        if properties.get("generation", one.generation) != one.generation or not one.is_alive:
             return
         if name == "device.ready":
-            one.state, one.served = State.SERVING, True
-            if not one.ready.done():
-                one.ready.set_result(None)
-            self._events.emit("device.ready", device=one.device.id, generation=one.generation, pid=one.pid)
-            died = self._died_at.pop(one.device.id, None)
-            if died is not None:
-                self._events.emit("device.restarted", device=one.device.id, generation=one.generation,
-                                  pid=one.pid, ms=round((time.monotonic() - died) * 1000, 3))
+            self._ready(one)
         elif name == "device.failed":
-            one.reason = str(properties.get("reason", ""))[:1000]
+            one.reason = one.reason or str(properties.get("reason", ""))[:1000]
+            one.refused = properties.get("refused") is True
             self._loop.call_later(REPORT_DELAY, self._lost, one)
+        elif name == "device.expelled":
+            one.reason = str(properties.get("reason", ""))[:1000]
+        elif name == "device.poison":
+            self._events.emit(name, **properties)
+
+    def _ready(self, one: Incarnation) -> None:
+        self._reset_waits.discard(one.device.id)  # core has it finish that first
+        one.state = State.DRAINING if one.drains else State.SERVING
+        one.served = True
+        if not one.ready.done():
+            one.ready.set_result(None)
+        about = {"device": one.device.id, "generation": one.generation, "pid": one.pid}
+        self._events.emit("device.draining" if one.drains else "device.ready", **about)
+        died = self._died_at.pop(one.device.id, None)
+        if died is not None:
+            self._events.emit("device.restarted", **about, ms=round((time.monotonic() - died) * 1000, 3))
 
     def on_exited(self, device: str, generation: int, pid: int, status: int | None) -> None:
         """Take the nursery's report that a worker ended."""
@@ -161,17 +211,11 @@ class Fleet:
             return
         one.status = status
         one.how = describe_exit(status) if status not in (0, 1) else ""
-        # Core's report, which is on its way, says what the worker said; only a failed start needs it.
-        if one.reason or one.served:
+        # Core's report, which is on its way, says what the worker said; after a signal it has said nothing.
+        if one.reason or (one.served and status != 1):
             self._lost(one)
         else:
             self._loop.call_later(REPORT_DELAY, self._lost, one)
-
-    def nursery_lost(self) -> None:
-        """Without the nursery workers live on, but nobody can report how they end."""
-        if not self._stopping:
-            log.get("fleet").error("the nursery died: workers live on, none can be started")
-            self._events.emit("nursery.died")
 
     def _lost(self, one: Incarnation) -> None:
         if not one.is_alive:
@@ -181,7 +225,12 @@ class Fleet:
             return
         one.reason = f"{one.reason}: {one.how}" if one.reason and one.how else one.reason or one.how or GAVE_UP
         one.close()
-        delay = self._budget(one.device).next_delay(self._loop.time()) if one.served else None
+        if one.drains:
+            self._drained(one)
+            return
+        delay = None
+        if one.served and not one.refused:
+            delay = self._budget(one.device).next_delay(self._loop.time())
         if delay is None:
             self._park(one)
             return
@@ -190,47 +239,98 @@ class Fleet:
         self._events.emit("device.died", device=one.device.id, generation=one.generation, pid=one.pid,
                           reason=one.reason)
         self._died_at.setdefault(one.device.id, time.monotonic())
-        task = self._loop.create_task(self._replace(one, delay))
+        self._later(self._replace(one, delay))
+
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
         self._restarts.add(task)
         task.add_done_callback(self._restarts.discard)
 
     async def _replace(self, dead: Incarnation, delay: float) -> None:
-        """Start the successor of `dead`; a start that fails counts as a death of its own."""
-        await asyncio.sleep(delay)
+        """Start the successor of `dead`."""
+        if delay:
+            await asyncio.sleep(delay)
         if self._stopping or self._latest.get(dead.device.id) is not dead:
             return
         try:
             await self.start(dead.device, suspect=is_self_inflicted(dead.status))
         except CellvisorError as error:
-            one = self._latest[dead.device.id]
-            one.reason = one.reason or str(error)
-            self._park(one)
+            one = self._latest.get(dead.device.id)
+            if one is not None and not self._stopping:
+                one.reason = one.reason or str(error)
+                self._park(one)
 
     def _park(self, one: Incarnation) -> None:
         """Give up for now: what the guest asks of the device waits."""
-        one.state = State.FAILED
+        one.state = State.PARKED if one.served else State.FAILED
         self._died_at.pop(one.device.id, None)
         # A device that never served is refused in one line, by whoever wanted it.
         level = logging.ERROR if one.served else logging.INFO
-        log.get("fleet").log(level, "%s failed: %s", one.device.id, one.reason)
-        self._events.emit("device.failed", device=one.device.id, generation=one.generation, pid=one.pid,
+        log.get("fleet").log(level, "%s %s: %s", one.device.id, one.state, one.reason)
+        self._events.emit(f"device.{one.state}", device=one.device.id, generation=one.generation, pid=one.pid,
                           reason=one.reason)
         if not one.ready.done():
             one.ready.set_exception(UsageError(f"{one.device.id}: {one.reason}"))
+        self._finish_reset(one)
 
-    def _budget(self, device: Device) -> Budget:
-        return self._budgets.setdefault(device.id, Budget())
+    # ---- parked devices
 
-    async def revive(self, device_id: str) -> Incarnation:
-        """Start a parked device again, its budget refilled. Raises NotFound, Conflict, UsageError."""
+    def _finish_reset(self, one: Incarnation) -> None:
+        """A driver or a machine waits for a reset that only a living process can finish."""
+        if one.device.id in self._reset_waits and one.is_parked and not self._stopping:
+            self._reset_waits.discard(one.device.id)
+            self._later(self._start_drain(one.device))
+
+    async def _start_drain(self, device: Device) -> None:
+        try:
+            delay = self._drains.setdefault(device.id, Budget()).next_delay(self._loop.time())
+            if delay is None:
+                raise TryAgain("its drain processes die")
+            await asyncio.sleep(delay)
+            await self.drain(device.id)
+        except CellvisorError as error:
+            log.get("fleet").error("%s: nobody finishes its reset: %s", device.id, error)
+
+    async def drain(self, device_id: str) -> Incarnation:
+        """Give a parked device up: all that the guest asks of it fails, until its driver resets it.
+
+        Then it is parked again. Returns when that has begun. Raises NotFound, Conflict, UsageError.
+        """
+        one = self._parked(device_id)
+        drain = await self.start(one.device, drains=True)
+        drain.reason = one.reason
+        await asyncio.wait_for(asyncio.shield(drain.ready), READY_TIMEOUT)
+        return drain
+
+    def _drained(self, one: Incarnation) -> None:
+        one.state = State.PARKED
+        if not one.ready.done():
+            one.ready.set_exception(UsageError(f"{one.device.id}: {one.reason}"))
+        self._events.emit("device.drained", device=one.device.id, generation=one.generation, pid=one.pid,
+                          reason=one.reason)
+
+    def _parked(self, device_id: str) -> Incarnation:
         one = self._latest.get(device_id)
         if one is None:
             raise NotFound(f"no device {device_id!r}", hint="see `cellvisor devices`")
-        if one.state is not State.FAILED:
-            raise Conflict(f"{device_id}: is {one.state}, not failed", hint="only a failed device is restarted")
+        if not one.is_parked:
+            raise Conflict(f"{device_id}: is {one.state}, not parked", hint="it looks after itself")
+        return one
+
+    def _budget(self, device: Device) -> Budget:
+        return self._budgets.setdefault(device.id, Budget(Policy.of(device.options)))
+
+    async def revive(self, device_id: str) -> Incarnation:
+        """Start a parked device anew, its budget refilled. Raises NotFound, Conflict, UsageError."""
+        one = self._latest.get(device_id)
+        if one is not None and one.drains and one.is_alive:
+            kill_pidfd(one.pidfd)
+            await wait_pidfd(one.pidfd)
+            self._lost(one)
+        one = self._parked(device_id)
         self._budget(one.device).refill()
         revived = await self.start(one.device)
-        await asyncio.wait_for(revived.ready, READY_TIMEOUT)
+        await asyncio.wait_for(asyncio.shield(revived.ready), READY_TIMEOUT)
         return revived
 
     # ---- the end
@@ -256,23 +356,3 @@ class Fleet:
         """Let the pidfds go."""
         for one in self.latest():
             one.close()
-
-
-async def wait_pidfd(pidfd: int) -> None:
-    """Wait until the process of `pidfd` ended; nothing to wait for if it is -1."""
-    if pidfd < 0:
-        return
-    loop = asyncio.get_running_loop()
-    ended: asyncio.Future[None] = loop.create_future()
-    loop.add_reader(pidfd, settle, ended)
-    try:
-        await ended
-    finally:
-        loop.remove_reader(pidfd)
-
-
-
-def settle(future: asyncio.Future[None]) -> None:
-    """Resolve `future` unless it is done."""
-    if not future.done():
-        future.set_result(None)

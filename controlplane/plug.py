@@ -146,7 +146,7 @@ class Plug:
         """A parked device has nobody to answer the guest's driver while it lets go: have that done."""
         drain = getattr(self._fleet(), "drain", None)
         one = next((one for one in self._fleet().latest() if one.device.id == device.id), None)
-        if drain is not None and one is not None and one.state == "failed":
+        if drain is not None and one is not None and one.is_parked:
             await drain(device.id)
 
     async def cancel(self, key: str) -> Operation:

@@ -15,6 +15,7 @@ from cellvisor.core.wire.control import VERBS, Request
 from cellvisor.core.wire.messages import CoreVerb
 
 if TYPE_CHECKING:
+    from cellvisor.controlplane.fleet import Fleet
     from cellvisor.controlplane.supervisor import Supervisor
 
 CHANGE_TIMEOUT = 60.0  # a pause waits for I/O in execution
@@ -31,6 +32,7 @@ class Verbs:
             "ping": self._ping, "info": self._info, "devices": self._devices, "events": self._events,
             "pause": change(CoreVerb.PAUSE), "resume": change(CoreVerb.RESUME),
             "reset": change(CoreVerb.RESET), "power-button": change(CoreVerb.POWER_BUTTON),
+            "restart-device": self._restart_device, "drain-device": self._drain_device,
             "nmi": change(CoreVerb.NMI), **lifeverbs.table(vm, self._turn), **plugverbs.table(vm),
         }
 
@@ -58,6 +60,19 @@ class Verbs:
     async def _ping(self, args: dict[str, Any]) -> dict[str, Any]:
         return {"build_version": f"cellvisor {__version__}", "version": __version__, "pid": os.getpid(),
                 "features": ["kvm"], "name": self._vm.rundir.name}
+
+    async def _restart_device(self, args: dict[str, Any]) -> dict[str, Any]:
+        one = await self._fleet().revive(args["id"])
+        return {"id": args["id"], "generation": one.generation, "pid": one.pid}
+
+    async def _drain_device(self, args: dict[str, Any]) -> dict[str, Any]:
+        one = await self._fleet().drain(args["id"])
+        return {"id": args["id"], "generation": one.generation, "pid": one.pid}
+
+    def _fleet(self) -> Fleet:
+        if self._vm.fleet is None:
+            raise TryAgain("the VM is still starting", hint="wait for the event vm.booted")
+        return self._vm.fleet
 
     async def _events(self, args: dict[str, Any]) -> dict[str, Any]:
         return {"events": [event.as_wire() for event in self._vm.events.since(args["since"])]}

@@ -60,8 +60,9 @@ class Machine:
         self._vm: Vm | None = None
         self.vcpus: list[Vcpu] = []
         self.resets = 0
+        self.reason = ""  # why it crashed
         self._barrier: Barrier | None = None
-        self._watchdog = Watchdog(server.reactor, server.expel)
+        self._watchdog = Watchdog(server.reactor, server.hung)
 
     # ---- life
 
@@ -174,11 +175,6 @@ class Machine:
             link.send(ToWorker.END)
         self._server.reactor.stop()
 
-    def abandon(self) -> None:
-        """The controlplane is gone: end the VM."""
-        log.get("machine").warning("the controlplane died: ending the VM")
-        self.quit()
-
     # ---- power
 
     def _power_on(self, config: MachineConfig, platform: Platform) -> None:
@@ -263,8 +259,11 @@ class Machine:
         elif self.state in (State.RUNNING, State.PAUSED):
             log.get("machine").error("vcpu%d: %s", index, reason)
             self._park_all()
-            self.state = change(self.state, State.CRASHED)
-            self._server.event("vm.crashed", reason=f"vcpu{index}: {reason}")
+            self._crashed(f"vcpu{index}: {reason}")
+
+    def _crashed(self, reason: str) -> None:
+        self.state, self.reason = change(self.state, State.CRASHED), reason
+        self._server.event("vm.crashed", reason=reason)
 
     def reset(self, done: Done) -> None:
         """Begin a machine reset; `done(error)` when the guest runs again."""
@@ -303,8 +302,7 @@ class Machine:
             self._power_on(config, platform)
         except (CellvisorError, OSError) as error:
             log.get("machine").error("reset: %s", error)
-            self.state = change(self.state, State.CRASHED)
-            self._server.event("vm.crashed", reason=f"reset: {error}")
+            self._crashed(f"reset: {error}")
             done(error if isinstance(error, CellvisorError) else CellvisorError(f"reset: {error}"))
             return
         self.state = change(self.state, State.PAUSED if was_paused else State.RUNNING)
@@ -316,17 +314,24 @@ class Machine:
 
     # ---- waiting for workers
 
+    def quiesce(self, link: Link, then: Callable[[set[str]], None]) -> None:
+        """Have one worker finish what it executes and fetch nothing more; `then(late)` like pause()."""
+        self._require_no_barrier("quiesce")
+        link.send(ToWorker.PAUSE)
+        self._wait_for({link.device} if link.alive else set(), "paused", then)
+
     def _require_no_barrier(self, verb: str) -> None:
         if self._barrier is not None:
             raise Conflict(f"{verb}: the devices are still being waited for", hint="try again")
 
     def _wait_for(self, devices: set[str], answer: str, then: Callable[[set[str]], None]) -> None:
         def finished(late: set[str]) -> None:
-            self._barrier = None
+            if self._barrier is barrier:  # a machine reset does not wait for the one before
+                self._barrier = None
             then(late)
 
-        self._barrier = Barrier(self._server.reactor, devices, answer, WORKER_SECONDS, finished)
-        self._barrier.start()
+        barrier = self._barrier = Barrier(self._server.reactor, devices, answer, WORKER_SECONDS, finished)
+        barrier.start()
 
     # ---- what links ask of their home
 

@@ -9,6 +9,7 @@ import collections
 import contextlib
 import os
 import select
+import signal
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ from cellvisor.core.wire.messages import MAX_MESSAGE, pack, unpack
 from cellvisor.core.wire.reactor import Reactor
 
 HIGH_WATER = 1000
+TELL_SECONDS = 0.05
 Reply = Callable[[dict[str, Any] | CellvisorError], None]
 
 
@@ -152,16 +154,22 @@ class Server:
             self.expel(link, f"core could not serve it: {type(error).__name__}: {error}")
 
     def expel(self, link: Link, reason: str) -> None:
-        """Give up on a worker that lies; its process is killed."""
+        """Give up on a worker that lies: its process is killed, `reason` told."""
         link.failure = reason
-        connection = link.worker.connection if link.worker else None
+        worker = link.worker
+        self.event("device.expelled", device=link.device, generation=worker.generation if worker else 0, reason=reason)
+        connection = worker.connection if worker else None
         if connection is not None and connection.pidfd >= 0:
             with contextlib.suppress(ProcessLookupError):
-                import signal
-
                 signal.pidfd_send_signal(connection.pidfd, signal.SIGKILL)
         else:
             link.died(reason)
+
+    def hung(self, link: Link, reason: str) -> None:
+        """Give up on a worker that hangs. There is time to tell before others see it die."""
+        worker = link.worker
+        self.event("device.expelled", device=link.device, generation=worker.generation if worker else 0, reason=reason)
+        self.reactor.after(TELL_SECONDS, lambda: self.expel(link, reason) if link.worker is worker else None)
 
     # ---- who is who on the descriptor socket
 

@@ -47,6 +47,13 @@ class ObjectArgs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceArgs:
+    """What a verb about one device takes."""
+
+    id: str = option(help="the device")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ResizeDiskArgs:
     """What `resize-disk` takes."""
 
@@ -137,7 +144,8 @@ _TABLE = (
     Verb("add-vdpa", "plug a vDPA device", path="vm.add-vdpa", ready=False),
     Verb("add-virtio", "plug a device of any type", ObjectArgs, answers=True),
     Verb("remove-device", "have the guest give a device back, then end it", RemoveArgs, path="vm.remove-device"),
-    Verb("restart-device", "start a new process for a failed device", ready=False),
+    Verb("restart-device", "start a new process for a parked device: what the guest waits for is done", DeviceArgs),
+    Verb("drain-device", "give a parked device up: all that is asked of it fails until the driver's reset", DeviceArgs),
     Verb("snapshot", "save the VM's state", path="vm.snapshot", ready=False),
     Verb("restore", "start from a saved state", path="vm.restore", ready=False),
     Verb("coredump", "write the guest's memory to a file", path="vm.coredump", ready=False),

@@ -70,8 +70,9 @@ class CoreVerb(StrEnum):
 
     CONFIGURE, then ATTACH for each device before its worker is forked, "device.ready" for all, BOOT. Events come
     without an id as {"event", "properties"}: device.ready, device.failed {device, generation, reason, refused},
-    device.poison {queue, text}, device.reset-waits {device} (nobody is there to finish a reset), vm.booting, booted,
-    paused, resumed, rebooting, rebooted, shutdown (the guest powered off), crashed {reason}.
+    device.expelled {reason} (core kills a worker that lies or hangs), device.poison {queue, text}, device.reset-waits
+    {device} (nobody is there to finish a reset), vm.booting, booted, paused, resumed, rebooting, rebooted, shutdown
+    (the guest powered off), crashed {reason}.
     PLUG {device} shows an attached device to a running guest, UNPLUG {device, force?, cancel?} has the guest give it
     back, DETACH {device} forgets one that is in no slot. Events: slot.enumerated {device, slot, how: ost|driver|reset},
     slot.bound, slot.ost {event, status}, slot.ejected {how: guest|reset|force}, slot.freed, eject.unexpected.

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cellvisor.core.errors import UsageError
+from cellvisor.core import log
+
+if TYPE_CHECKING:
+    from cellvisor.controlplane.supervisor import Supervisor
 
 
 def memory_kib(pid: int) -> dict[str, int]:
@@ -47,11 +51,23 @@ class Stages:
         return [{"name": name, "ms": round((moment - self._began) / 1e6, 3)} for name, moment in ordered]
 
 
-def write(path: str, body: dict[str, Any]) -> None:
-    """Write the report as JSON. Raises UsageError naming the flag."""
+def processes(vm: Supervisor) -> list[dict[str, Any]]:
+    """Describe every living process of the VM with its memory."""
+    found = [process("controlplane", os.getpid(), os.getppid()), process("core", vm.core_child.pid, os.getpid())]
+    found += [process("nursery", pid, os.getpid()) for pid in vm.nurseries.pids()]
+    workers = vm.fleet.latest() if vm.fleet is not None else []
+    return found + [process("worker", one.pid, vm.nurseries.pid_of(one.device.id), device=one.device.id,
+                            type=one.device.type, generation=one.generation)
+                    for one in workers if one.is_alive and one.pid]
+
+
+def write(path: str, vm: Supervisor, end: str, status: int) -> None:
+    """Write what there is to tell of the VM as JSON."""
+    body = {"name": vm.rundir.name, "end": end, "status": status, "stages": vm.stages.as_wire(),
+            "processes": processes(vm), "events": [event.as_wire() for event in vm.events.since(0)]}
     try:
         with open(path, "w") as file:
             json.dump(body, file, indent=2, default=str)
             file.write("\n")
     except OSError as error:
-        raise UsageError(f"--report {path}: {error.strerror}") from None
+        log.get().error("--report %s: %s", path, error.strerror)

@@ -25,6 +25,7 @@ from cellvisor.controlplane.config import Payload, VmConfig
 from cellvisor.controlplane.consoles import Consoles
 from cellvisor.controlplane.corelink import CoreLink
 from cellvisor.controlplane.desk import Desk
+from cellvisor.controlplane.ending import end_machine
 from cellvisor.controlplane.events import EventLog, Monitor
 from cellvisor.controlplane.flags import RunFlags
 from cellvisor.controlplane.fleet import Fleet
@@ -43,7 +44,6 @@ from cellvisor.core.wire import places
 from cellvisor.core.wire.messages import CoreVerb
 
 CORE_TIMEOUT = 60.0  # loading a big kernel and prefaulting guest RAM take their time
-END_TIMEOUT = 5.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -112,7 +112,7 @@ class Supervisor:
             ending = await self._ending
             if self.flags.report is not None:
                 await self.ask_core()
-                self._write_report(self.flags.report, ending)
+                report.write(self.flags.report, self, ending.reason, ending.status)
         finally:
             start.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
@@ -172,6 +172,7 @@ class Supervisor:
         return [(one.pid, one.pidfd) for one in workers if one.is_alive and one.pidfd >= 0]
 
     def record(self) -> bytes:
+        """Return our state as core is to keep it."""
         return adopt.record(self).pack()
 
     def changed(self) -> None:
@@ -280,6 +281,7 @@ class Supervisor:
     # ---- what happens to us
 
     def on_core_event(self, name: str, properties: dict[str, Any]) -> None:
+        """Take an event of core."""
         if name in ("device.ready", "device.failed", "device.expelled", "device.poison", "device.reset-waits"):
             if self.fleet is not None:
                 self.fleet.on_core_event(name, properties)
@@ -350,26 +352,6 @@ class Supervisor:
             self.stages.add(f"stage {int(code):#04x}", int(moment))
         return answer
 
-    def _write_report(self, path: str, ending: Ending) -> None:
-        body = {"name": self.rundir.name, "end": ending.reason, "status": ending.status,
-                "stages": self.stages.as_wire(), "processes": self.processes(),
-                "events": [event.as_wire() for event in self.events.since(0)]}
-        try:
-            report.write(path, body)
-        except CellvisorError as error:
-            log.get().error("%s", error)
-
-    def processes(self) -> list[dict[str, Any]]:
-        """Describe every living process of the VM with its memory."""
-        found = [report.process("controlplane", os.getpid(), os.getppid()),
-                 report.process("core", self.core_child.pid, os.getpid())]
-        found += [report.process("nursery", pid, os.getpid()) for pid in self.nurseries.pids()]
-        workers = self.fleet.latest() if self.fleet is not None else []
-        found += [report.process("worker", one.pid, self.nurseries.pid_of(one.device.id), device=one.device.id,
-                                 type=one.device.type, generation=one.generation)
-                  for one in workers if one.is_alive and one.pid]
-        return found
-
     # ---- the end
 
     async def _stop(self) -> None:
@@ -390,39 +372,9 @@ class Supervisor:
         self.rundir.remove()
 
     async def _end_machine(self) -> None:
-        """End workers, nursery and core, each asked first and killed if it does not listen."""
         if self.core_child.pidfd >= 0:
             self._loop.remove_reader(self.core_child.pidfd)
-        self.nurseries.stopping()
-        if self.fleet is not None:
-            self.fleet.stopping()
-        patience = 0.2
-        if self.core is not None and self.core_child.is_alive():
-            try:
-                await self.core.request(CoreVerb.QUIT, END_TIMEOUT)
-                patience = END_TIMEOUT  # it has told its workers
-            except CellvisorError:
-                self.core_child.kill()
-        if self.fleet is not None:
-            await self.fleet.wait_gone(patience)
-            self.fleet.kill()
-        self.nurseries.quit()
-        if self.core is None:
-            self.core_child.kill()
-        if self._nursery_child is not None and not self.nurseries.pids():
-            self._nursery_child.kill()
-            self._nursery_child.close()
-        await self.nurseries.wait_gone(END_TIMEOUT)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(END_TIMEOUT):
-                await wait_pidfd(self.core_child.pidfd)
-        self.core_child.kill()
-        self.core_child.close()
-        if self.fleet is not None:
-            await self.fleet.wait_gone(1.0)
-            self.fleet.close()
         if self._keeping is not None:
             self._keeping.cancel()
-        if self.core is not None:
-            await self.core.close()
+        await end_machine(self.core, self.core_child, self.nurseries, self._nursery_child, self.fleet)
         self.core, self.fleet = None, None

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from cellvisor import __version__
-from cellvisor.controlplane import lifeverbs, plugverbs
+from cellvisor.controlplane import lifeverbs, plugverbs, report
 from cellvisor.core.errors import CellvisorError, Conflict, NotFound, TryAgain
 from cellvisor.core.wire.control import VERBS, Request
 from cellvisor.core.wire.messages import CoreVerb
@@ -89,7 +89,7 @@ class Verbs:
             "stages": vm.stages.as_wire(), "memory": vm.memory_effects, "core": core,
         }
         if args["processes"]:
-            body["processes"] = vm.processes()
+            body["processes"] = report.processes(vm)
         return body
 
     async def _devices(self, args: dict[str, Any]) -> dict[str, Any]:

@@ -14,10 +14,11 @@ from collections.abc import Coroutine
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from cellvisor.controlplane.fleet import READY_TIMEOUT, Fleet, Incarnation, wait_pidfd
+from cellvisor.controlplane.fleet import READY_TIMEOUT, Fleet, Incarnation
 from cellvisor.controlplane.inventory import Device, Wanted
 from cellvisor.controlplane.operations import FINAL, Operation, Operations, OpState
 from cellvisor.controlplane.processes import kill_pidfd
+from cellvisor.controlplane.waiting import wait_pidfd
 from cellvisor.core import log
 from cellvisor.core.errors import CellvisorError, Conflict, Internal, UsageError
 from cellvisor.core.wire.messages import CoreVerb
@@ -178,6 +179,8 @@ class Plug:
         self._vm.events.emit(name, **properties)
         adding, leaving = self._adding.get(device), self._leaving.get(device)
         if name == "slot.enumerated" and adding is not None:
+            if adding.state is OpState.REQUESTED:  # core's event came before core's answer was looked at
+                self.operations.move(adding, OpState.NOTIFIED)
             self.operations.mark(adding, "enumerated")
             self._adding.pop(device)
             self._end(adding, OpState.DONE, "there since the reboot" if properties.get("how") == "reset" else "")
@@ -303,7 +306,7 @@ class Plug:
 
     def _end(self, operation: Operation, state: OpState, reason: str = "") -> None:
         self._disarm(operation)
-        if operation.state is OpState.REQUESTED:  # core's event came before core's answer was looked at
+        if operation.state is OpState.REQUESTED:  # likewise
             self.operations.move(operation, OpState.NOTIFIED)
         if not operation.is_over:
             self.operations.move(operation, state, reason)

@@ -3,7 +3,7 @@
 Built once per recipe under .lab (recipe.key()); a lock keeps two builders apart, a rename ends each build, so
 neither Ctrl-C nor a full disk leaves anything that looks finished.
 
-    absent --lock--> building (l1-KEY.new) --rename--> ready (l1-KEY/)     older l1-* are removed then
+    absent --lock--> building (l1.new) --rename--> ready (l1-KEY/)     all but the two newest l1-* are removed
 """
 
 from __future__ import annotations
@@ -77,9 +77,10 @@ def _make(what: str, folder: Path, build: Callable[[Path], None]) -> None:
                       f"{recipe.BUILD_BYTES >> 30} GiB; free some or set CELLVISOR_LAB_CACHE") from None
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-    for old in folder.parent.glob(f"{what}-*"):
-        if old != folder and old.is_dir():
-            shutil.rmtree(old, ignore_errors=True)
+    # Two checkouts with different recipes may share the cache; older images are nobody's.
+    ready = [path for path in folder.parent.glob(f"{what}-*") if path.is_dir()]
+    for old in sorted(ready, key=lambda path: path.stat().st_mtime)[:-2]:
+        shutil.rmtree(old, ignore_errors=True)
     say(f"{folder.name} is ready after {time.monotonic() - began:.0f} s")
 
 

@@ -95,6 +95,7 @@ class L1:
     def start(self) -> None:
         """Boot and wait for the agent. Raises Died, Missing."""
         atexit.register(self.close)
+        image.l1()  # the first time this takes minutes, which are no part of the boot
         began = time.monotonic()
         port = self._folder / "agent"
         command = [*self.command(), "-display", "none", "-serial", f"file:{self._console}",

@@ -42,12 +42,14 @@ def test_a_build_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 def test_a_build_happens_once_and_replaces_older_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CELLVISOR_LAB_CACHE", str(tmp_path))
     monkeypatch.setattr(recipe, "BUILD_BYTES", 1)
-    (tmp_path / "l1-older").mkdir()
+    for moment, name in enumerate(("l1-older", "l1-oldest", "guests-other")):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (10 - moment, 10 - moment))
     builds: list[Path] = []
     first = image._built("l1", builds.append)
     assert image._built("l1", builds.append) == first
     assert len(builds) == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"l1.lock", first.name}
+    assert {path.name for path in tmp_path.iterdir()} == {"l1.lock", "l1-older", "guests-other", first.name}
 
 
 def test_archives_are_cpio_and_can_follow_each_other(tmp_path: Path) -> None:
@@ -93,7 +95,7 @@ def test_the_place_can_be_chosen(monkeypatch: pytest.MonkeyPatch, wish: str, dir
 
 
 CONFTEST = """
-import os, socket, threading
+import os, socket, sys, threading
 from tests.lab import farm
 from tests.lab.agent import Agent, Port
 from tests.lab.conftest import pytest_report_collectionfinish, pytest_runtestloop
@@ -108,7 +110,7 @@ class Local(L1):
         assert self._hello.wait(10)
     def job(self, argv, env=None, cwd="", channel=False):
         env = {**(env or {}), "CELLVISOR_IN_LAB": "1", "PYTHONPATH": os.environ["PYTHONPATH"]}
-        return super().job(argv, env=env, cwd=os.getcwd(), channel=channel)
+        return super().job([sys.executable, *argv[1:]], env=env, cwd=os.getcwd(), channel=channel)
 
 farm.L1 = Local
 """
@@ -159,7 +161,7 @@ def test_reports_come_back_as_if_run_here(tmp_path: Path) -> None:
                           env=environment, capture_output=True, text=True, timeout=120, check=False)
     text = done.stdout + done.stderr
     assert done.returncode == 1, text
-    assert "2 failed, 3 passed, 1 skipped, 1 error" in text
+    assert "2 failed, 3 passed, 1 skipped, 1 error" in text, text
     assert "6 tests run in the nested lab, not on this machine: CELLVISOR_LAB=nested says so" in text
     for line in ("PASSED test_some.py::test_here", "PASSED test_some.py::test_there",
                  "FAILED test_some.py::test_fails - assert 2 == 3", "printed there", "not today",

@@ -42,7 +42,7 @@ void test_rng(void)
             "not random: %lu of %lu bits set", ones, got * 8);
 }
 
-/* test=console: write `text=` (underscores are spaces), then echo `lines=` lines of input back upper-cased. */
+/* test=console: write `text=` (underscores are spaces) `repeat=` times, `numbered=1` with seven digits before it, then echo `lines=` lines of input back upper-cased. */
 void test_console(void)
 {
     struct virtio console = {0};
@@ -56,11 +56,15 @@ void test_console(void)
     const char *text = param("text", "hello_from_the_guest");
     char *buffer = allocate(PAGE, PAGE), *received = allocate(PAGE, PAGE);
     size_t length = strlen(text);
-    for (uint64_t repeat = param_number("repeat", 1); repeat--;) {
+    bool numbered = param_number("numbered", 0);
+    for (uint64_t line = 0, repeat = param_number("repeat", 1); line < repeat; line++) {
+        uint32_t used = 0;
+        for (uint64_t unit = 1000000; numbered && unit; unit /= 10)
+            buffer[used++] = (char)('0' + line / unit % 10);
         for (size_t i = 0; i < length; i++)
-            buffer[i] = text[i] == '_' ? ' ' : text[i];
-        buffer[length] = '\n';
-        transfer(&console.queues[1], buffer, (uint32_t)length + 1, false);
+            buffer[used++] = text[i] == '_' ? ' ' : text[i];
+        buffer[used++] = '\n';
+        transfer(&console.queues[1], buffer, used, false);
     }
     print("written=%lu\n", length);
     for (uint64_t line = 0, filled = 0; line < lines;) {

@@ -1,0 +1,178 @@
+"""Devices whose process dies under load: the guest sees a pause, no error, nothing lost, nothing twice."""
+
+from __future__ import annotations
+
+import os
+import random
+import select
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.native.conftest import Vm
+from tests.native.guest import needs_kvm
+from tests.native.steer import Steer, steer
+
+pytestmark = [pytest.mark.kvm, needs_kvm]
+OFTEN = "restart_budget=10000,restart_backoff=[0]"
+LOAD = "test=blk-write reads=30 depth=32 span=8M flush=50 progress_ms=100"
+
+
+def kill_often(vmm: Steer, kind: str, times: int, seed: int, most: float = 0.2) -> None:
+    """Kill the device's process again and again, at random moments after it came back."""
+    moments = random.Random(seed)
+    for _ in range(times):
+        time.sleep(moments.uniform(0, most))
+        vmm.signal(kind)
+        vmm.wait("device.restarted")
+
+
+@pytest.mark.parametrize("how", ["irq=msix", "irq=intx", "event_idx=0 indirect=0", "qsize=32"])
+def test_a_disk_that_is_killed_loses_nothing(vm: Vm, disk: Path, how: str) -> None:
+    with steer(vm, f"{LOAD} duration_ms=6000 {how}", disks=[f"path={disk},{OFTEN}"]) as vmm:
+        vmm.running.wait_for("progress=")
+        kill_often(vmm, "blk", 8, seed=1)
+        said = vmm.running.finish().check()
+    assert said.number("errors") == 0
+    assert said.number("verified.0") > 100
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_successors_that_die_at_once(vm: Vm, disk: Path) -> None:
+    """Killed as soon as it is seen, at whatever step of its start or its recovery it is."""
+    moments = random.Random(7)
+    with steer(vm, f"{LOAD} duration_ms=6000", disks=[f"path={disk},{OFTEN}"]) as vmm:
+        vmm.running.wait_for("progress=")
+        nursery, others = vmm.pid("nursery"), {int(vmm.device("rng")["pid"])}
+        vmm.mark()
+        killed = 0
+        while killed < 40:
+            for pid in set(children(nursery)) - others:
+                time.sleep(moments.uniform(0, 0.03))
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    killed += 1
+                others.add(pid)
+        vmm.wait("device.restarted")
+        assert vmm.device()["generation"] >= 40
+        said = vmm.running.finish().check()
+    assert said.number("errors") == 0
+
+
+def test_worker_and_nursery_die_together(vm: Vm, disk: Path) -> None:
+    with steer(vm, f"{LOAD} duration_ms=6000", disks=[f"path={disk},{OFTEN}"]) as vmm:
+        vmm.running.wait_for("progress=")
+        for worker_first in (True, False):
+            nursery = vmm.pid("nursery")
+            if not worker_first:
+                os.kill(nursery, signal.SIGKILL)
+            vmm.signal("blk")
+            if worker_first:
+                os.kill(nursery, signal.SIGKILL)
+            vmm.wait("device.restarted")
+        said = vmm.running.finish().check()
+    assert said.number("errors") == 0
+
+
+def test_a_successor_stays_quiet_while_the_vm_is_paused(vm: Vm, disk: Path) -> None:
+    with steer(vm, f"{LOAD} duration_ms=6000", disks=[f"path={disk},{OFTEN}"]) as vmm:
+        vmm.running.wait_for("progress=")
+        for _ in range(2):
+            vmm.client.call("pause")
+            vmm.signal("blk")
+            vmm.wait("device.restarted")
+            before = disk.read_bytes()
+            time.sleep(0.3)
+            assert disk.read_bytes() == before
+            vmm.signal("blk")  # and once more, before it ever served
+            vmm.wait("device.restarted")
+            vmm.client.call("resume")
+        vmm.signal("blk")  # the pause may come while the successor starts
+        vmm.client.call("pause")
+        vmm.client.call("resume")
+        said = vmm.running.finish().check()
+    assert said.number("errors") == 0
+
+
+def test_a_machine_reset_during_recovery(vm: Vm, disk: Path) -> None:
+    with steer(vm, f"{LOAD} duration_ms=2000", disks=[f"path={disk},{OFTEN}"]) as vmm:
+        for _ in range(3):
+            vmm.running.wait_for("progress=")
+            vmm.signal("blk")
+            vmm.client.call("reset")
+        vmm.wait("device.restarted")
+        said = vmm.running.finish().check()
+    assert said.number("errors") == 0
+    assert said.text.count("test=blk-write") == 4
+
+
+def test_an_rng_that_is_killed(vm: Vm) -> None:
+    with steer(vm, "test=rng bytes=100M bs=4096", extra=["--rng", f"src=/dev/urandom,{OFTEN}"]) as vmm:
+        kill_often(vmm, "rng", 8, seed=2)
+        assert vmm.running.process.poll() is None
+        vmm.running.stop()
+
+
+LINES = 20000
+
+
+def numbered(text: str) -> str:
+    return "".join(f"{number:07d}{text}\n" for number in range(LINES))
+
+
+def while_it_writes(vmm: Steer, size: Callable[[], int], seed: int) -> int:
+    """Kill the console's process while the output grows; returns how often."""
+    moments, kills = random.Random(seed), 0
+    while size() < LINES * 20 and kills < 40:
+        vmm.signal("console")
+        vmm.wait("device.restarted")
+        kills += 1
+        time.sleep(moments.uniform(0, 0.05))
+    return kills
+
+
+def test_a_console_s_file_has_every_byte_once(vm: Vm, tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    with steer(vm, f"test=console text=hello_from_hvc0 repeat={LINES} numbered=1",
+               console=f"file={path},{OFTEN}") as vmm:
+        kills = while_it_writes(vmm, lambda: path.stat().st_size, seed=3)
+        vmm.running.finish().check()
+    assert kills > 5
+    assert path.read_text() == numbered("hello from hvc0")
+
+
+def test_a_user_s_open_pty_does_not_hang_up(vm: Vm) -> None:
+    with steer(vm, f"test=console text=hello_from_hvc0 repeat={LINES} numbered=1", console=f"pty,{OFTEN}") as vmm:
+        path = next(event["properties"]["path"] for event in vmm.events() if event["event"] == "console.pty")
+        user = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
+        got = bytearray()
+
+        def read() -> int:
+            while select.select([user], [], [], 0.01)[0]:
+                with suppress(BlockingIOError):
+                    data = os.read(user, 65536)
+                    assert data, "hung up"
+                    got.extend(data)
+            return len(got)
+
+        try:
+            first = time.monotonic()
+            while not read():
+                assert time.monotonic() < first + 30
+            kills = while_it_writes(vmm, read, seed=4)
+            while b"%07d" % (LINES - 1) not in got:
+                read()
+            vmm.running.finish().check()
+        finally:
+            os.close(user)
+    assert kills > 5
+    lines = got.decode().replace("\r", "").splitlines(keepends=True)
+    wanted = numbered("hello from hvc0").splitlines(keepends=True)
+    assert lines == wanted[-len(lines):]  # what came before the user opened it may be gone

@@ -12,6 +12,7 @@ struct slot {
     struct blk_request request;
     uint64_t block;
     uint32_t crc, version;
+    bool asks;                  /* reads the stop sector instead of a block */
 };
 
 /* What one queue does; each works on its own stripe of blocks. */
@@ -25,11 +26,15 @@ struct load {
     struct entry *journal;
     uint8_t *busy;
     struct slot *slots;
+    uint64_t gap_limit, stop_sector, ask_again;
     uint64_t submitted, completed, reads, writes, flushes, errors, next_block, last_completion, longest_gap;
-    struct stats stats;
+    struct stats stats, gaps;   /* of a request; without a completion, if it was gap_limit or more */
 };
 
+#define ASK_MS 50
+
 static struct blk blk;
+static volatile bool stopped;
 
 static uint64_t pick(struct load *load)
 {
@@ -47,6 +52,15 @@ static void prepare(struct load *load, struct slot *slot)
     bool flush = load->flush_every && load->submitted % load->flush_every == load->flush_every - 1;
     request->header.sector = 0;
     request->length = 0;
+    slot->asks = load->stop_sector && (int64_t)(rdtsc() - load->ask_again) >= 0;
+    if (slot->asks) {
+        load->ask_again = rdtsc() + ns_to_tsc(ASK_MS * 1000000ull);
+        request->header.type = BLK_IN;
+        request->header.sector = load->stop_sector;
+        request->length = 512;
+        load->submitted++;
+        return;
+    }
     load->submitted++;
     if (flush) {
         request->header.type = BLK_FLUSH;
@@ -85,6 +99,8 @@ static void complete(struct load *load, struct slot *slot)
     stats_add(&load->stats, now - request->begin);
     if (now - since > load->longest_gap)
         load->longest_gap = now - since;
+    if (load->gap_limit && now - since >= load->gap_limit)
+        stats_add(&load->gaps, now - since);
     load->last_completion = now;
     load->completed++;
     load->reads += request->header.type == BLK_IN;
@@ -94,18 +110,20 @@ static void complete(struct load *load, struct slot *slot)
         load->errors++;
         require(param_number("tolerate", 0), "request type %u sector %lu: status 0x%x", request->header.type,
                 request->header.sector, request->status);
+    } else if (slot->asks) {
+        stopped = stopped || *(const uint64_t *)request->data;
     } else if (!load->bench && request->header.type == BLK_OUT) {
         load->journal[slot->block] = (struct entry){slot->version, slot->crc};
     } else if (!load->bench && request->header.type == BLK_IN) {
         check_block(load, slot->block, request->data);
     }
-    if (!load->bench && request->header.type != BLK_FLUSH)
+    if (!load->bench && !slot->asks && request->header.type != BLK_FLUSH)
         load->busy[slot->block] = 0;
 }
 
 static bool more(const struct load *load)
 {
-    return load->submitted < load->count && (!load->deadline || (int64_t)(rdtsc() - load->deadline) < 0);
+    return !stopped && load->submitted < load->count && (!load->deadline || (int64_t)(rdtsc() - load->deadline) < 0);
 }
 
 static void run(void *argument)
@@ -132,7 +150,8 @@ static void run(void *argument)
         uint32_t written;
         while (queue_pop(load->queue, &token, &written)) {
             struct slot *slot = token;                      /* the request is its first member */
-            uint32_t expected = slot->request.header.type == BLK_IN && !slot->request.status ? load->size + 1 : 1;
+            bool filled = slot->request.header.type == BLK_IN && !slot->request.status;
+            uint32_t expected = filled ? slot->request.length + 1 : 1;
             require(written == expected || slot->request.status, "written length %u, expected %u", written, expected);
             complete(load, slot);
             spare[spares++] = slot;
@@ -143,6 +162,8 @@ static void run(void *argument)
             report = now_ns() + load->progress;
         }
     }
+    require(load->queue->used->index == load->queue->avail->index, "used index %u after %u requests: completed twice",
+            load->queue->used->index, load->queue->avail->index);
 }
 
 /* Do what `run` does without a device: the journal of an earlier boot with the same parameters and depth=1. */
@@ -192,6 +213,11 @@ static void prepare_load(struct load *load, unsigned index, unsigned queues, uin
     load->seed = param_number("seed", 1);
     load->state = load->seed * 1000003 + index;
     load->progress = index ? 0 : param_number("progress_ms", 0) * 1000000;
+    load->gap_limit = ns_to_tsc(param_number("gaps_us", 0) * 1000);
+    if (param_number("stoppable", 0)) {
+        require(load->first + load->blocks < blk.sectors / (load->size / 512), "the last block is the stop block");
+        load->stop_sector = blk.sectors - 1;
+    }
     const char *op = param("op", bench ? "randread" : "randwrite");
     load->sequential = !starts(op, "rand");
     op += load->sequential ? 0 : 4;
@@ -217,6 +243,7 @@ static void report(const struct load *loads, unsigned queues, uint64_t elapsed)
         if (loads[i].longest_gap > total.longest_gap)
             total.longest_gap = loads[i].longest_gap;
         stats_merge(&total.stats, &loads[i].stats);
+        stats_merge(&total.gaps, &loads[i].gaps);
     }
     uint64_t ns = tsc_to_ns(elapsed), kicks = 0, avoided = 0;
     for (unsigned i = 0; i < queues; i++) {
@@ -228,6 +255,7 @@ static void report(const struct load *loads, unsigned queues, uint64_t elapsed)
     print("elapsed_us=%lu\niops=%lu\nstall_us=%lu\n", ns / 1000, ns ? total.completed * 1000000000 / ns : 0,
           tsc_to_ns(total.longest_gap) / 1000);
     stats_print(&total.stats, "lat");
+    stats_print_all(&total.gaps, "gap");
     print("kicks=%lu\nkicks_avoided=%lu\nirqs=%lu\n", kicks, avoided, device_irqs(&blk.virtio));
     require(blk.virtio.irq == IRQ_POLL || param_is("idle", "spin") || !total.completed || device_irqs(&blk.virtio),
             "%lu requests completed and not one interrupt came", total.completed);

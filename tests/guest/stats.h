@@ -15,6 +15,8 @@ void stats_add(struct stats *stats, uint64_t ticks);
 uint64_t stats_ns(const struct stats *stats, unsigned permille);
 /* Print NAME_min_ns, _p50_ns, _p99_ns, _max_ns, _mean_ns. */
 void stats_print(const struct stats *stats, const char *name);
+/* Print NAME.MICROSECONDS=how many, for each bucket that is not empty. */
+void stats_print_all(const struct stats *stats, const char *name);
 void stats_merge(struct stats *into, const struct stats *from);
 
 #endif

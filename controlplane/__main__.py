@@ -21,6 +21,7 @@ from cellvisor.controlplane.flags import RunFlags
 from cellvisor.controlplane.terminal import Terminal
 from cellvisor.core import log
 from cellvisor.core.errors import CellvisorError, UsageError
+from cellvisor.core.wire import places
 
 if TYPE_CHECKING:
     from cellvisor.controlplane.supervisor import Ending
@@ -63,20 +64,21 @@ def _early_signals() -> Iterator[list[int]]:
     yield pending
 
 
-def _log_to(flags: RunFlags) -> tuple[int, str | None]:
+def _log_to(flags: RunFlags, claimed: rundir.RunDir) -> tuple[int, str]:
+    path = os.path.abspath(flags.log_file) if flags.log_file else claimed.file(places.LOG)
     try:
-        log.setup("controlplane", flags.verbosity, flags.log_file)
+        log.setup("controlplane", flags.verbosity, path)
     except OSError as error:
-        raise UsageError(f"--log-file {flags.log_file}: {error.strerror}") from None
-    return flags.verbosity, os.path.abspath(flags.log_file) if flags.log_file else None
+        raise UsageError(f"--log-file {path}: {error.strerror}") from None
+    return flags.verbosity, path
 
 
 def _run(argv: list[str], programs: processes.Programs, pending: list[int], began: int) -> Ending:
     flags = command_line.parse(argv)
-    logging = _log_to(flags)
     with contextlib.ExitStack() as stack:
         claimed = rundir.claim(flags.name)
         stack.callback(claimed.remove)
+        logging = _log_to(flags, claimed)
         terminal = Terminal()
         stack.callback(terminal.restore)
         launcher = processes.Launcher(programs, claimed, *logging)
@@ -112,7 +114,7 @@ def _adopt(argv: list[str], programs: processes.Programs, pending: list[int], be
             core = adopt.core_of(claimed)
             left = await adopt.take_over(claimed, began, stdio=given.as_successor)
             flags = left.record.flags
-            launcher = processes.Launcher(programs, claimed, *_log_to(flags))
+            launcher = processes.Launcher(programs, claimed, *_log_to(flags, claimed))
             stack.callback(launcher.put_down)
             vm = Supervisor(flags, claimed, core, None, terminal, left.record.began, launcher, left)
             return await vm.run(pending)

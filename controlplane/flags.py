@@ -90,7 +90,7 @@ def parse(argv: list[str]) -> RunFlags:
         wanted=_wanted(given) if given.kernel else (),
         name=None if given.name is None else check_name(given.name),
         verbosity=given.verbose,
-        log_file=given.log_file,
+        log_file=os.path.abspath(given.log_file) if given.log_file else None,
         event_monitor=_event_monitor(given.event_monitor),
         report=given.report,
         api_socket=api_socket,
@@ -120,7 +120,7 @@ def _make_parser() -> _Parser:
     add("--api-socket", metavar="PATH",
         help="serve Cloud Hypervisor's HTTP API: PATH, path=PATH or fd=N; without --kernel wait for vm.create")
     add("--event-monitor", metavar="path=P|fd=N", help="write every event as a JSON record")
-    add("--log-file", metavar="PATH", help="collect the log of all processes of the VM")
+    add("--log-file", metavar="PATH", help="collect the log of all processes of the VM (`log` in its run directory)")
     add("--report", metavar="PATH", help="at the end write processes, memory and boot stages as JSON")
     add("-v", "--verbose", action="count", default=0, help="log more to stderr; twice for debugging")
     return parser

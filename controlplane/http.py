@@ -169,7 +169,8 @@ class Client:
             verb, request = routes.parse(key, method, target, body, tuple(self._wire.fds))
         except CellvisorError as error:
             return routes.refusal(error)
-        return routes.answer(verb, await self._desk.ask(request, remember=key is not None))
+        full = any(name == routes.FULL for name, _ in head.headers)
+        return routes.answer(verb, await self._desk.ask(request, remember=key is not None), full=full)
 
     async def _send(self, reply: routes.Reply, *, close: bool = False, without_body: bool = False) -> None:
         response = h11.Response(status_code=reply.status, headers=reply.headers(close=close))

@@ -31,8 +31,7 @@ def listen(where: str) -> tuple[socket.socket, str | None]:
     try:
         os.fchmod(sock.fileno(), 0o600)  # bind gives the file this mode
         _make_room(where)
-        sock.bind(where)
-        sock.listen(BACKLOG)
+        _appear(sock, where)
         sock.setblocking(False)
     except OSError as error:
         sock.close()
@@ -41,6 +40,22 @@ def listen(where: str) -> tuple[socket.socket, str | None]:
         sock.close()
         raise
     return sock, where
+
+
+def _appear(sock: socket.socket, path: str) -> None:
+    """Listen at `path`, which is not there before it answers. Raises OSError."""
+    folder = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    name = f".{os.urandom(6).hex()}"
+    try:
+        sock.bind(f"/proc/self/fd/{folder}/{name}")
+        try:
+            sock.listen(BACKLOG)
+            os.rename(name, os.path.basename(path), src_dir_fd=folder, dst_dir_fd=folder)
+        except OSError:
+            os.unlink(name, dir_fd=folder)
+            raise
+    finally:
+        os.close(folder)
 
 
 def _inherited(fd: int) -> socket.socket:

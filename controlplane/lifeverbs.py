@@ -35,21 +35,23 @@ class Life:
     def __init__(self, vm: Supervisor, turn: asyncio.Lock) -> None:
         self._vm, self._turn = vm, turn
 
-    async def create(self, args: dict[str, Any]) -> None:
+    async def create(self, args: dict[str, Any]) -> dict[str, Any]:
         """Take a VmConfig."""
         async with self._turn:
             if self._vm.state != "Empty":
                 raise Conflict("create: a VM was created already", hint="delete it first")
             self._vm.create(vmconfig.read(args))
             self._vm.events.emit("vm.created")
+        return {}
 
-    async def boot(self, args: dict[str, Any]) -> None:
+    async def boot(self, args: dict[str, Any]) -> dict[str, Any]:
         """Boot what was created; a VM that cannot boot stays created."""
         async with self._turn:
             self._refuse_while_booting("boot")
             if self._vm.state != "Created":
                 raise Conflict(f"boot: the VM is {self._vm.state} already")
             await self._vm.change(self._boot())
+        return {}
 
     async def _boot(self) -> None:
         try:
@@ -58,34 +60,35 @@ class Life:
             await self._vm.renew()
             raise
 
-    async def shutdown(self, args: dict[str, Any]) -> None:
-        """End the VM without asking the guest."""
+    async def shutdown(self, args: dict[str, Any]) -> dict[str, Any]:
+        """End the VM without asking the guest; tells whether the process ends too."""
         if not self._stays():
-            await self.end(args)
-            return
+            return await self.end(args)
         async with self._turn:
             self._refuse_while_booting("shutdown")
             if self._vm.state == "Created":
                 raise Conflict("shutdown: the VM is not running", hint="shutdown-vmm ends the process")
             await self._halt()
+        return {"ends": False}
 
-    async def delete(self, args: dict[str, Any]) -> None:
+    async def delete(self, args: dict[str, Any]) -> dict[str, Any]:
         """End the VM, if it runs, and forget it; nothing to do is fine."""
         if not self._stays():
-            await self.end(args)
-            return
+            return await self.end(args)
         async with self._turn:
             if self._vm.state == "Empty":
-                return
+                return {"ends": False}
             self._refuse_while_booting("delete")
             if self._vm.state != "Created":
                 await self._halt()
             self._vm.delete()
             self._vm.events.emit("vm.deleted")
+        return {"ends": False}
 
-    async def end(self, args: dict[str, Any]) -> None:
+    async def end(self, args: dict[str, Any]) -> dict[str, Any]:
         """End the process. The reply leaves first: its sockets are closed last."""
         self._vm.end(0, "shut down by request")
+        return {"ends": True}
 
     async def _halt(self) -> None:
         self._vm.events.emit("vm.shutdown")
@@ -120,7 +123,7 @@ class Life:
         await asyncio.gather(*(ask(device) for device in list(found)))
         return {device: values for device, values in sorted(found.items()) if values}
 
-    async def resize_disk(self, args: dict[str, Any]) -> None:
+    async def resize_disk(self, args: dict[str, Any]) -> dict[str, Any]:
         """Have a disk's process change its size and tell the guest."""
         device = self._vm.inventory.get(args["id"])
         if device.verb != "disk":
@@ -128,3 +131,4 @@ class Life:
         await self._vm.require_core().request(CoreVerb.CALL, RESIZE_TIMEOUT, device=device.id, verb="resize",
                                               args={"size": args["desired_size"]})
         self._vm.events.emit("device.resized", device=device.id, size=args["desired_size"])
+        return {}

@@ -20,6 +20,7 @@ MAX_DEPTH = 64
 OPERATION = "X-Cellvisor-Operation"
 ERROR = "X-Cellvisor-Error"
 REQUEST_ID = b"x-cellvisor-request"
+FULL = b"x-cellvisor-answer"  # given: the answer as over ZeroMQ, not only what Cloud Hypervisor would say
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,10 +127,12 @@ def _check_depth(value: object, what: str) -> None:
     raise UsageError(f"{what}: the body is nested more than {MAX_DEPTH} deep", code="bad-json")
 
 
-def answer(verb: Verb, value: object) -> Reply:
+def answer(verb: Verb, value: object, *, full: bool = False) -> Reply:
     """Make the reply to a request of `verb`: `value` is what it answered, or the CellvisorError."""
     if isinstance(value, CellvisorError):
         return refusal(value)
+    if full:
+        return Reply(200, dump(value))
     extra: tuple[tuple[str, str], ...] = ()
     if verb.path and not verb.reads and isinstance(value, dict) and isinstance(value.get("operation"), str):
         extra = ((OPERATION, value["operation"]),)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cellvisor import __version__
 from cellvisor.controlplane import lifeverbs, plugverbs, report
 from cellvisor.core.errors import CellvisorError, Conflict, NotFound, TryAgain
+from cellvisor.core.wire import places
 from cellvisor.core.wire.control import VERBS, Request
 from cellvisor.core.wire.messages import CoreVerb
 
@@ -59,7 +60,8 @@ class Verbs:
 
     async def _ping(self, args: dict[str, Any]) -> dict[str, Any]:
         return {"build_version": f"cellvisor {__version__}", "version": __version__, "pid": os.getpid(),
-                "features": ["kvm"], "name": self._vm.rundir.name}
+                "features": ["kvm"], "name": self._vm.rundir.name,
+                "log_file": self._vm.flags.log_file or self._vm.rundir.file(places.LOG)}
 
     async def _restart_device(self, args: dict[str, Any]) -> dict[str, Any]:
         one = await self._fleet().revive(args["id"])

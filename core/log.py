@@ -6,14 +6,22 @@ import logging
 import os
 import sys
 
+LIMIT = 64 << 20  # bytes of a log file: a guest that causes warnings must not fill the disk
 _LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
+
+
+class _Collected(logging.FileHandler):
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.stream is not None and os.fstat(self.stream.fileno()).st_size < LIMIT:
+            super().emit(record)
 
 
 def setup(process: str, verbosity: int = 0, path: str | None = None) -> logging.Logger:
     """Configure logging for this process.
 
     `process` names it in each line ("core", "disk0/1"). `verbosity` counts -v flags and is what stderr
-    shows; `path` collects INFO and above whatever the verbosity (O_APPEND, so processes may share it).
+    shows; `path` collects INFO and above whatever the verbosity, up to LIMIT bytes (O_APPEND, so processes may
+    share it).
     """
     logger = logging.getLogger("cellvisor")
     logger.handlers.clear()
@@ -25,7 +33,7 @@ def setup(process: str, verbosity: int = 0, path: str | None = None) -> logging.
     stderr.setLevel(level)
     handlers: list[logging.Handler] = [stderr]
     if path:
-        collected = logging.FileHandler(path, mode="a")
+        collected = _Collected(path, mode="a")
         collected.setLevel(min(level, logging.INFO))
         handlers.append(collected)
     for handler in handlers:

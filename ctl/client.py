@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
+import stat
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
-import zmq
-
-from cellvisor.core.errors import CellvisorError, NotFound, TryAgain, UsageError, from_wire
+from cellvisor.core.errors import NotFound, UsageError
 from cellvisor.core.wire import places
-from cellvisor.core.wire.control import request
-from cellvisor.core.wire.messages import MAX_MESSAGE, pack, unpack
 
 TIMEOUT = 90.0  # a pause waits for I/O in execution
-_POLL_MS = 250  # how often a silent VM is checked for being alive
+ENVIRONMENT = "CELLVISOR_API_SOCKET"  # stands for --api-socket
 
 
 def find(where: str | None = None) -> str:
@@ -40,78 +37,76 @@ def find(where: str | None = None) -> str:
     return places.vm_dir(where)
 
 
+def _http_socket(where: str | None) -> str | None:
+    """Return the path of the HTTP socket that is meant, if one is: any socket but those in a run directory."""
+    if where is None:
+        named = os.environ.get(ENVIRONMENT) or None
+        return None if named is None or _is_in_run_dir(named) else named
+    try:
+        is_socket = "/" in where and stat.S_ISSOCK(os.stat(where).st_mode)
+    except (OSError, ValueError):
+        return None
+    return where if is_socket and not _is_in_run_dir(where) else None
+
+
+def _is_in_run_dir(path: str) -> bool:
+    folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
+    return os.path.exists(os.path.join(folder, places.LOCK))
+
+
+class Link(Protocol):
+    """A way to reach a VM."""
+
+    def call(self, verb: str, args: dict[str, Any]) -> Any:
+        """Ask and return the answer."""
+
+    def events(self, since: int, follow: bool) -> Iterator[dict[str, Any]]:
+        """Yield kept events, then new ones."""
+
+    def is_alive(self) -> bool:
+        """Tell whether there is a process to ask."""
+
+    def close(self) -> None:
+        """Disconnect."""
+
+
 class Client:
-    """A connection to one VM's API. Synchronous; not to be shared between threads."""
+    """A connection to one VM's API. Synchronous; not to be shared between threads. `name` is for people."""
 
     def __init__(self, where: str | None = None, timeout: float = TIMEOUT) -> None:
-        """Connect to the VM that `where` means (see find()); `timeout` in seconds is for each answer."""
-        self.path = find(where)
-        self._timeout = timeout
-        if places.holder(self.path) is None:
-            raise NotFound(f"no VM is running in {self.path}", hint="see cellvisor ls", code="no-vm")
-        self._context = zmq.Context()
-        self._socket = self._connect(zmq.DEALER, places.API)
+        """Connect to the VM that `where` means: a name or run directory (see find()), or the path of its HTTP socket.
 
-    def _connect(self, kind: int, name: str) -> zmq.Socket[bytes]:
-        sock = self._context.socket(kind)
-        for option, value in ((zmq.LINGER, 0), (zmq.MAXMSGSIZE, MAX_MESSAGE), (zmq.RECONNECT_IVL, 20)):
-            sock.setsockopt(option, value)
-        sock.connect(f"ipc://{os.path.join(self.path, name)}")
-        return sock
+        Without `where` the environment may name a socket. `timeout` in seconds is for each answer.
+        """
+        http = _http_socket(where)
+        self._link: Link
+        if http is not None:
+            from cellvisor.ctl.httplink import HttpLink
+
+            self.path = self.name = http
+            self._link = HttpLink(http, timeout)
+        else:
+            from cellvisor.ctl.zmqlink import ZmqLink
+
+            self.path = find(where or os.environ.get(ENVIRONMENT) or None)
+            self.name = self.path.rpartition("/")[2]
+            self._link = ZmqLink(self.path, timeout)
 
     def call(self, verb: str, /, **args: Any) -> Any:
         """Ask for `verb` and return the answer. Raises the CellvisorError that the VM answers.
 
         Raises TryAgain (code "no-answer") after the time-out: the VM may still do what was asked.
         """
-        key = os.urandom(12).hex()
-        self._socket.send(pack(request(key, verb, args)))
-        until = time.monotonic() + self._timeout
-        while True:
-            if not self._socket.poll(_POLL_MS):
-                if time.monotonic() > until or places.holder(self.path) is None:
-                    raise self._no_answer(verb)
-                continue
-            body = unpack(self._socket.recv())
-            if body.get("id") not in (key, None):
-                continue  # the late answer to a call that was given up
-            error = body.get("error")
-            if isinstance(error, dict):
-                raise from_wire(error)
-            return body.get("ok")
-
-    def _no_answer(self, verb: str) -> CellvisorError:
-        if places.holder(self.path) is None:
-            return NotFound(f"{verb}: the VM in {self.path} has ended", code="no-vm")
-        return TryAgain(f"{verb}: no answer within {self._timeout:g} s", hint="see cellvisor events",
-                        code="no-answer")
+        return self._link.call(verb, args)
 
     def events(self, since: int = 0, follow: bool = True) -> Iterator[dict[str, Any]]:
         """Yield kept events with a number above `since`, then new ones until the VM ends."""
-        with self._connect(zmq.SUB, places.EVENTS) as sock:
-            sock.setsockopt(zmq.SUBSCRIBE, b"")
-            seen = since
-            while True:
-                # What is kept covers what the subscription missed while it was being made.
-                try:
-                    kept = self.call("events", since=seen)["events"]
-                except NotFound:
-                    return
-                for event in kept:
-                    seen = max(seen, event["seq"])
-                    yield event
-                if not follow:
-                    return
-                while sock.poll(1000):
-                    event = unpack(sock.recv_multipart()[-1])
-                    if event["seq"] > seen:
-                        seen = event["seq"]
-                        yield event
+        return self._link.events(since, follow)
 
     def wait_gone(self, timeout: float) -> bool:
-        """Wait until the VM has ended and its directory is free; False after `timeout` seconds."""
+        """Wait until the process has ended and its place is free; False after `timeout` seconds."""
         until = time.monotonic() + timeout
-        while places.holder(self.path) is not None:
+        while self._link.is_alive():
             if time.monotonic() > until:
                 return False
             time.sleep(0.02)
@@ -119,8 +114,7 @@ class Client:
 
     def close(self) -> None:
         """Disconnect."""
-        self._socket.close()
-        self._context.term()
+        self._link.close()
 
     def __enter__(self) -> Client:
         return self

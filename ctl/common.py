@@ -6,6 +6,10 @@ import argparse
 import json
 from typing import Any
 
+from cellvisor.core.errors import TryAgain, UsageError
+
+PATIENCE = 30.0  # seconds for everything to be gone
+
 
 def add_vm(parser: argparse.ArgumentParser) -> None:
     """Add the VM, optional while a single one runs, and --json."""
@@ -32,5 +36,32 @@ def ask(options: argparse.Namespace, verb: str, done: str) -> int:
         answer = client.call(verb)
         if options.json:
             return show_json(answer)
-        print(f"{client.path.rpartition('/')[2]}: {done}")
+        print(f"{client.name}: {done}")
     return 0
+
+
+def end(options: argparse.Namespace, verb: str) -> int:
+    """Ask for an end and wait until nothing is left, if the process ends at all."""
+    from cellvisor.ctl.client import Client
+
+    with Client(options.vm) as client:
+        answer = client.call(verb)
+        ends = answer.get("ends", verb == "shutdown-vmm")
+        if ends and not options.no_wait and not client.wait_gone(PATIENCE):
+            raise TryAgain(f"still ending after {PATIENCE:g} s", hint="see cellvisor ls")
+        if options.json:
+            return show_json(answer)
+        print(f"{client.name}: shut down" + ("" if ends else "; its process waits (cellvisor shutdown-vmm ends it)"))
+    return 0
+
+
+def size(flag: str, text: str) -> int:
+    """Read a number of bytes: 1048576, 1024K, 1M."""
+    from cellvisor.core.wire.options import validate
+
+    rule = {"keys": {"value": {"type": "size", "required": True}}}
+    try:
+        return int(validate({"value": text}, rule, flag)["value"])
+    except UsageError as error:
+        raise UsageError(f"{flag} {text[:80]}: is not a size", hint=error.hint or "a number of bytes, K, M, G or T") \
+            from None

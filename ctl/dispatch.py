@@ -13,6 +13,7 @@ from typing import NoReturn, Protocol, cast
 from cellvisor.core.errors import CellvisorError, NotFound, TryAgain, UsageError
 from cellvisor.ctl import commands
 from cellvisor.ctl.cli import EXIT_STATUS
+from cellvisor.ctl.client import ENVIRONMENT
 
 
 class Command(Protocol):
@@ -42,6 +43,11 @@ def load(verb: str) -> Command:
     if verb not in known:
         import difflib
 
+        from cellvisor.core.wire.control import VERBS
+
+        if verb in VERBS:
+            raise UsageError(f"{verb}: not supported yet", code="not-supported")
+
         close = difflib.get_close_matches(verb, known, 1)
         hint = f"did you mean {close[0]}?" if close else f"verbs: {', '.join(known)}"
         raise UsageError(f"unknown verb {verb[:60]!r}", hint=hint)
@@ -52,6 +58,7 @@ def run(argv: list[str]) -> int:
     """Run one command; return the exit status."""
     as_json = "--json" in argv
     try:
+        argv, socket = _take_socket(argv)
         if not argv or argv[0] in ("-h", "--help"):
             _print_help()
             return 0 if argv else 2
@@ -65,7 +72,12 @@ def run(argv: list[str]) -> int:
                          epilog=f"example:\n  {command.EXAMPLE}\n\n{EXIT_STATUS}",
                          formatter_class=argparse.RawDescriptionHelpFormatter)
         command.add_arguments(parser)
-        status = command.run(parser.parse_args(argv[1:]))
+        options = parser.parse_args(argv[1:])
+        if socket is not None:
+            if getattr(options, "vm", None) is not None:
+                raise UsageError(f"both --api-socket and VM {options.vm[:80]!r} are given", hint="give one of them")
+            os.environ[ENVIRONMENT] = socket  # where ctl/client.py looks
+        status = command.run(options)
         sys.stdout.flush()
         return status
     except CellvisorError as error:
@@ -79,6 +91,25 @@ def run(argv: list[str]) -> int:
         return 0
 
 
+def _take_socket(argv: list[str]) -> tuple[list[str], str | None]:
+    """Take `--api-socket PATH` out, wherever it stands, as ch-remote has it."""
+    rest, found = [], None
+    words = iter(argv)
+    for word in words:
+        if word == "--api-socket":
+            found = next(words, "")
+        elif word.startswith("--api-socket="):
+            found = word.partition("=")[2]
+        else:
+            rest.append(word)
+    if found is None:
+        return rest, None
+    found = found.removeprefix("path=")
+    if not found:
+        raise UsageError("--api-socket: no path is given", hint="write --api-socket PATH")
+    return rest, os.path.abspath(found)
+
+
 def exit_status(error: CellvisorError) -> int:
     """Return the documented exit status for an error."""
     if error.code == "no-vm":
@@ -89,8 +120,9 @@ def exit_status(error: CellvisorError) -> int:
 
 
 def _print_help() -> None:
-    print("usage: cellvisor VERB [VM] [--json] ...\n\nRun and steer virtual machines in which every device is a "
-          "process.\nVM is a name or a path; with a single VM running it is not needed.\n\nverbs:")
+    print("usage: cellvisor [--api-socket PATH] VERB [VM] [--json] ...\n\nRun and steer virtual machines in which "
+          "every device is a process.\nVM is a name or a path; with a single VM running it is not needed. --api-socket "
+          f"(or ${ENVIRONMENT})\nnames a VM by its HTTP socket instead.\n\nverbs:")
     for verb in names():
         print(f"  {verb:<14} {load(verb).HELP}")
     print(f"\n{EXIT_STATUS}\n`cellvisor VERB --help` shows arguments and an example.")

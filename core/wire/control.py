@@ -120,7 +120,7 @@ _TABLE = (
     Verb("power-button", "press the ACPI power button: the guest may shut down", path="vm.power-button"),
     Verb("shutdown", "end the VM now; with --api-socket the process stays for another boot", path="vm.shutdown"),
     Verb("shutdown-vmm", "end the process and its VM: every process, socket and file of it", path="vmm.shutdown",
-         answers=True, empty=True),
+         empty=True),
     Verb("counters", "tell every device's counters", reads=True, path="vm.counters"),
     Verb("create", "take a configuration (VmConfig) without booting it", ObjectArgs, path="vm.create", empty=True),
     Verb("boot", "boot the VM that was created", path="vm.boot"),

@@ -17,6 +17,7 @@ LONGEST = "nursery-99.sock"
 MAX_NAME = 64
 
 LOCK = "lock"
+LOG = "log"  # of all processes, unless --log-file names another one
 PILOT = "pilot"  # locked by the controlplane of the day alone; holds what a successor needs to be let in
 API = "api.sock"
 EVENTS = "events.sock"

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from cellvisor.core.errors import TryAgain
 from cellvisor.ctl import common
 
 HELP = "End a VM now, without asking the guest (power-button asks)."
 EXAMPLE = "cellvisor shutdown web"
-PATIENCE = 30.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,14 +17,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Ask, then wait until nothing of the VM is left."""
-    from cellvisor.ctl.client import Client
-
-    with Client(options.vm) as client:
-        answer = client.call("shutdown")
-        if not options.no_wait and not client.wait_gone(PATIENCE):
-            raise TryAgain(f"still ending after {PATIENCE:g} s", hint="see cellvisor ls")
-        if options.json:
-            return common.show_json(answer)
-        print(f"{client.path.rpartition('/')[2]}: shut down")
-    return 0
+    """Ask, then wait until nothing of the VM is left; a process started with --api-socket stays."""
+    return common.end(options, "shutdown")

@@ -1,0 +1,90 @@
+"""ZeroMQ to the sockets in a VM's run directory."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import zmq
+
+from cellvisor.core.errors import CellvisorError, NotFound, TryAgain, from_wire
+from cellvisor.core.wire import places
+from cellvisor.core.wire.control import request
+from cellvisor.core.wire.messages import MAX_MESSAGE, pack, unpack
+
+POLL_MS = 250  # how often a silent VM is checked for being alive
+
+
+class ZmqLink:
+    """A connection to the VM of run directory `path`; `timeout` in seconds is for each answer."""
+
+    def __init__(self, path: str, timeout: float) -> None:
+        self._path, self._timeout = path, timeout
+        if not self.is_alive():
+            raise NotFound(f"no VM is running in {path}", hint="see cellvisor ls", code="no-vm")
+        self._context = zmq.Context()
+        self._socket = self._connect(zmq.DEALER, places.API)
+
+    def _connect(self, kind: int, name: str) -> zmq.Socket[bytes]:
+        sock = self._context.socket(kind)
+        for option, value in ((zmq.LINGER, 0), (zmq.MAXMSGSIZE, MAX_MESSAGE), (zmq.RECONNECT_IVL, 20)):
+            sock.setsockopt(option, value)
+        sock.connect(f"ipc://{os.path.join(self._path, name)}")
+        return sock
+
+    def call(self, verb: str, args: dict[str, Any]) -> Any:
+        """Ask for `verb`. Raises the CellvisorError that is answered, NotFound or TryAgain."""
+        key = os.urandom(12).hex()
+        self._socket.send(pack(request(key, verb, args)))
+        until = time.monotonic() + self._timeout
+        while True:
+            if not self._socket.poll(POLL_MS):
+                if time.monotonic() > until or not self.is_alive():
+                    raise self._no_answer(verb)
+                continue
+            body = unpack(self._socket.recv())
+            if body.get("id") not in (key, None):
+                continue  # the late answer to a call that was given up
+            error = body.get("error")
+            if isinstance(error, dict):
+                raise from_wire(error)
+            return body.get("ok")
+
+    def _no_answer(self, verb: str) -> CellvisorError:
+        if not self.is_alive():
+            return NotFound(f"{verb}: the VM in {self._path} has ended", code="no-vm")
+        return TryAgain(f"{verb}: no answer within {self._timeout:g} s", hint="see cellvisor events",
+                        code="no-answer")
+
+    def events(self, since: int, follow: bool) -> Iterator[dict[str, Any]]:
+        """Yield kept events with a number above `since`, then new ones until the VM ends."""
+        with self._connect(zmq.SUB, places.EVENTS) as sock:
+            sock.setsockopt(zmq.SUBSCRIBE, b"")
+            seen = since
+            while True:
+                # What is kept covers what the subscription missed while it was being made.
+                try:
+                    kept = self.call("events", {"since": seen})["events"]
+                except NotFound:
+                    return
+                for event in kept:
+                    seen = max(seen, event["seq"])
+                    yield event
+                if not follow:
+                    return
+                while sock.poll(1000):
+                    event = unpack(sock.recv_multipart()[-1])
+                    if event["seq"] > seen:
+                        seen = event["seq"]
+                        yield event
+
+    def is_alive(self) -> bool:
+        """Tell whether a VM holds the directory."""
+        return places.holder(self._path) is not None
+
+    def close(self) -> None:
+        """Disconnect."""
+        self._socket.close()
+        self._context.term()

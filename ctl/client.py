@@ -41,7 +41,7 @@ def _http_socket(where: str | None) -> str | None:
     """Return the path of the HTTP socket that is meant, if one is: any socket but those in a run directory."""
     if where is None:
         named = os.environ.get(ENVIRONMENT) or None
-        return None if named is None or _is_in_run_dir(named) else named
+        return None if named is None or _is_in_run_dir(named) else named  # even if it is not there
     try:
         is_socket = "/" in where and stat.S_ISSOCK(os.stat(where).st_mode)
     except (OSError, ValueError):

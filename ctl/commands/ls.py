@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> int:
             entry |= {"state": info["state"], "vcpus": info["config"]["cpus"]["boot_vcpus"],
                       "memory": info["memory_actual_size"]}
         except CellvisorError as error:
-            entry["error"] = str(error)
+            entry |= {"state": "Empty"} if error.code == "not-created" else {"error": str(error)}
         found.append(entry)
     if options.json:
         return common.show_json(found)

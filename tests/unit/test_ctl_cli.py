@@ -31,7 +31,8 @@ def vm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     (base / "kernel").write_bytes(b"kernel")
     patch = pytest.MonkeyPatch()
     patch.setenv("XDG_RUNTIME_DIR", str(base))
-    argv = [sys.executable, str(RUN), "--kernel", str(base / "kernel"), "--name", "web", "--disk", "path=a"]
+    argv = [sys.executable, str(RUN), "--kernel", str(base / "kernel"), "--name", "web", "--disk", "path=a",
+            "--api-socket", str(base / "http.sock")]
     process = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
     try:
         while not places.running():
@@ -59,7 +60,7 @@ def test_every_ready_verb_has_a_command_with_an_example() -> None:
         assert command.HELP.endswith("."), name
 
 
-@pytest.mark.parametrize("verb", [name for name in dispatch.names() if name != "run"])
+@pytest.mark.parametrize("verb", [name for name in dispatch.names() if name not in ("run", "adopt")])
 def test_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         dispatch.run([verb, "--help"])
@@ -114,9 +115,16 @@ def test_errors_are_one_line(argv: list[str], status: int, line: str, capsys: py
     assert json.loads(capsys.readouterr().err)["error"]["message"]
 
 
-@pytest.mark.usefixtures("vm")
+@pytest.fixture(params=["by name", "by socket"])
+def reach(request: pytest.FixtureRequest, vm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Name the VM the one way or the other."""
+    if request.param == "by socket":
+        monkeypatch.setenv(client.ENVIRONMENT, os.path.join(os.environ["XDG_RUNTIME_DIR"], "http.sock"))
+
+
+@pytest.mark.usefixtures("reach")
 @pytest.mark.parametrize("verb", ["ping", "info", "devices", "tree", "ls", "events", "pause", "resume", "reset",
-                                  "reboot", "power-button"])
+                                  "reboot", "power-button", "nmi", "counters", "logs"])
 def test_each_verb_for_people_and_programs(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     if verb == "resume":
         dispatch.run(["resume"])
@@ -132,7 +140,7 @@ def test_each_verb_for_people_and_programs(verb: str, capsys: pytest.CaptureFixt
     capsys.readouterr()
     assert dispatch.run([verb, "--json"]) == 0
     out = capsys.readouterr().out
-    for document in out.splitlines() if verb == "events" else [out]:
+    for document in out.splitlines() if verb in ("events", "logs") else [out]:
         json.loads(document)
     dispatch.run(["resume"])
 

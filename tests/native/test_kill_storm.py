@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.kvm, needs_kvm]
 
 def survive(vm: Vm, disk: Path, kills: int, seed: int) -> str:
     """Blow, check that the guest noticed nothing but pauses; returns these as text."""
-    with steer(vm, f"{LOAD} span=16M seed={seed}", disks=[f"path={disk},{OPTIONS}"]) as vmm:
+    with steer(vm, f"{LOAD} seed={seed}", disks=[f"path={disk},{OPTIONS}"]) as vmm:
         vmm.running.wait_for("features=")
         storm = Storm(vmm.pid("nursery"), int(vmm.device()["pid"]), seed, lambda: vmm.running.process.poll() is None)
         for _ in storm.blow(kills):
@@ -32,7 +32,7 @@ def survive(vm: Vm, disk: Path, kills: int, seed: int) -> str:
     assert "Traceback" not in log, log[-4000:]
     assert said.number("errors") == 0
     assert said.number("writes") > 10 * kills
-    assert said.number("verified.0") > min(4000, kills)
+    assert said.number("verified.0") > 250
     assert said.number("requests") == sum(said.number(what) for what in ("reads", "writes", "flushes"))
     stalls = longest_stalls(said, kills)
     return (f"{kills} kills, seed {seed}: {said.number('writes')} writes and {said.number('reads')} reads, "

@@ -85,6 +85,11 @@ void cv_queue_free(struct cv_queue *queue)
     free(queue);
 }
 
+static uint64_t first_counter(const struct cv_queue *queue)
+{
+    return (uint64_t)(queue->setup.epoch & 0x3fffff) << 40;
+}
+
 int cv_queue_attach(struct cv_queue *queue, struct cv_memory *memory, struct cv_entry *entry,
                     struct cv_area *area, const struct cv_setup *setup)
 {
@@ -119,7 +124,7 @@ int cv_queue_attach(struct cv_queue *queue, struct cv_memory *memory, struct cv_
     STORE(entry->size, size);
     STORE(entry->epoch, setup->epoch);
     /* Chains of an earlier activation must not pass for chains of this one. */
-    queue->counter = (uint64_t)(setup->epoch & 0x3fffff) << 40;
+    queue->counter = first_counter(queue);
     return 0;
 }
 
@@ -259,7 +264,11 @@ int cv_queue_recover(struct cv_queue *queue, uint16_t *list)
             list[again++] = orders[i].head;
     }
     queue->last_avail = queue->used_next + count;
-    queue->counter = count ? orders[count - 1].counter + 1 : (uint64_t)(queue->setup.epoch & 0x3fffff) << 40;
+    queue->counter = count ? orders[count - 1].counter + 1 : first_counter(queue);
+    /* No number twice in one activation: a device may have kept what it knows of a request under its number. */
+    for (uint32_t i = 0; i < queue->size; i++)
+        if (heads[i].counter >= queue->counter && heads[i].counter >> 40 == first_counter(queue) >> 40)
+            queue->counter = heads[i].counter + 1;
     if (queue->pending_count)
         commit(queue, queue->pending, queue->pending_count, CV_PUBLISHING);
     queue->pending_count = 0;

@@ -67,10 +67,10 @@ class NurseryProcess:
         return {**body, "pidfd": fds[0]} if fds else body
 
     def spawn(self, run_dir: Path, kind: str, options: dict[str, Any], device: str = "dev0",
-              generation: int = 1) -> dict[str, Any]:
-        """Have a worker forked; returns SPAWNED."""
+              generation: int = 1, **more: Any) -> dict[str, Any]:
+        """Have a worker forked (`more`: suspect, drain); returns SPAWNED."""
         self.ask(ToNursery.SPAWN, device=device, generation=generation, type=kind, options=options,
-                 token="token", run_dir=str(run_dir))
+                 token="token", run_dir=str(run_dir), **more)
         report = self.told()
         assert report["k"] == FromNursery.SPAWNED, report
         return report
@@ -133,11 +133,11 @@ class FakeLink:
         """Send to the worker."""
         self.core.router.send_multipart([self.identity, pack({"k": kind, **body})])
 
-    def activate(self, *, again: bool = False) -> None:
+    def activate(self, *, again: bool = False, paused: bool = False) -> None:
         """Say DRIVER_OK: a new epoch, or `again` the present one to the next incarnation."""
         self.epoch += 0 if again else 1
         features = self.spec.features | self.drivers[0].features
-        self.send(ToWorker.ACTIVATE, epoch=self.epoch, features=features, queues=[
+        self.send(ToWorker.ACTIVATE, epoch=self.epoch, features=features, paused=paused, queues=[
             {"index": index, "size": driver.size, "desc": driver.desc, "avail": driver.avail,
              "used": driver.used_ring} for index, driver in enumerate(self.drivers)])
 
@@ -224,7 +224,7 @@ class FakeCore:
     def _message(self, identity: bytes, body: dict[str, Any]) -> None:
         device = identity.decode().split("/")[0]
         if body["k"] == ToCore.HELLO:
-            spec = spec_from_wire(body["spec"])
+            spec = self.links[device].spec if body.get("drain") else spec_from_wire(body["spec"])
             link = self.links.setdefault(device, FakeLink(self, device, spec))
             assert link.spec == spec
             link.identity, link.kind = identity, body["type"]
@@ -273,9 +273,9 @@ class FakeCore:
         return found[0]
 
     def start(self, nursery: NurseryProcess, kind: str, options: dict[str, Any], device: str = "dev0",
-              generation: int = 1) -> FakeLink:
+              generation: int = 1, **more: Any) -> FakeLink:
         """Spawn a worker and see it to READY."""
-        self.spawned = nursery.spawn(self.run_dir, kind, options, device, generation)
+        self.spawned = nursery.spawn(self.run_dir, kind, options, device, generation, **more)
         self.told(ToCore.HELLO, device)
         self.told(ToCore.READY, device)
         return self.links[device]

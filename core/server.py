@@ -1,4 +1,4 @@
-"""Core's three sockets: workers (ZeroMQ ROUTER), the controlplane (ZeroMQ ROUTER), descriptors (AF_UNIX).
+"""Core's three sockets: workers (ZeroMQ, core/gate.py), the controlplane (ZeroMQ ROUTER), descriptors (AF_UNIX).
 
 Everything here runs on core's main thread; vCPU threads hand work over with post().
 """
@@ -16,10 +16,13 @@ from typing import Any, Protocol
 import zmq
 
 from cellvisor.core import log
+from cellvisor.core.allowance import Allowance
+from cellvisor.core.closer import Closer
 from cellvisor.core.custody import Custody
 from cellvisor.core.errors import CellvisorError, Internal, UsageError
 from cellvisor.core.fds import Connection, FdsServer
-from cellvisor.core.link import Link, WorkerState
+from cellvisor.core.gate import Gate
+from cellvisor.core.link import Link, WorkerState, plain
 from cellvisor.core.store import Store
 from cellvisor.core.wire import places
 from cellvisor.core.wire.messages import MAX_MESSAGE, pack, unpack
@@ -51,14 +54,17 @@ class Server:
 
     def __init__(self, run_dir: str, token: str) -> None:
         self.reactor = Reactor()
-        self.store = Store()
+        closer = Closer()
+        self.store = Store(closer)
         self._verbs: Serves | None = None
         self._devices: Devices | None = None
         self.custody = Custody(token)
+        self.messages = dict.fromkeys(("to_workers", "from_workers", "to_controlplane", "from_controlplane"), 0)
         self._context = zmq.Context()
-        self._workers = self._bind(os.path.join(run_dir, places.CORE), self._from_worker)
+        self._complaints = Allowance(1, 20)  # lines in the log about who does not read
+        self._gate = Gate(os.path.join(run_dir, places.CORE), self.reactor, closer, self)
         self._control = self._bind(os.path.join(run_dir, places.CONTROL), self._from_controlplane)
-        self.fds = FdsServer(os.path.join(run_dir, places.FDS), self.reactor, self.store, self)
+        self.fds = FdsServer(os.path.join(run_dir, places.FDS), self.reactor, self.store, self, closer)
         self._posted: collections.deque[Callable[[], None]] = collections.deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.reactor.add(self._wake, self._run_posted)
@@ -88,35 +94,45 @@ class Server:
     def _run_posted(self, events: int) -> None:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake)
-        while self._posted:
+        for _ in range(len(self._posted)):  # what comes meanwhile waits for its turn
             self._posted.popleft()()
 
     # ---- out
 
-    def _send(self, sock: zmq.Socket[bytes], identity: str, body: dict[str, Any]) -> None:
+    def _tell(self, identity: str, body: dict[str, Any]) -> None:
+        """Send to the controlplane."""
+        self.messages["to_controlplane"] += 1
         try:
-            sock.send_multipart([identity.encode(), pack(body)], zmq.NOBLOCK)
+            self._control.send_multipart([identity.encode(), pack(body)], zmq.NOBLOCK)
         except zmq.Again:
-            who = identity.rsplit("/", 1)[0]
-            log.get("wire").warning("%s does not read: %s dropped", who, body.get("k", "message"))
+            self._dropped(identity, body)
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
 
+    def _dropped(self, identity: str, body: dict[str, Any]) -> None:
+        if self._complaints.afford():
+            what = body.get("k") or body.get("event") or "an answer"
+            log.get("wire").warning("%s does not read: %s dropped", identity.rsplit("/", 1)[0], what)
+
     def send(self, identity: str, body: dict[str, Any]) -> None:
         """Send to a worker; one that is gone is ignored."""
-        self._send(self._workers, identity, body)
+        self.messages["to_workers"] += 1
+        if not self._gate.send(identity, pack(body)):
+            self._dropped(identity, body)
 
     def event(self, name: str, **properties: Any) -> None:
         """Tell the controlplane. While there is none nobody hears it: a successor asks how things are."""
-        self._send(self._control, self.custody.identity, {"event": name, "properties": properties})
+        self._tell(self.custody.identity, {"event": name, "properties": properties})
 
     # ---- in
 
     def _from_controlplane(self, frames: list[bytes]) -> None:
+        self.messages["from_controlplane"] += 1
         identity = frames[0].decode(errors="replace")
         if len(frames) != 2 or not self.custody.admits(identity):
-            log.get("wire").warning("message of a stranger on the control socket dropped")
+            if self._complaints.afford():
+                log.get("wire").warning("message of a stranger on the control socket dropped")
             return
         number: object = None
 
@@ -125,7 +141,7 @@ class Server:
             answer = {"error": result.as_wire()} if isinstance(result, CellvisorError) else {"ok": result}
             if failed:
                 log.get("wire").info("refused: %s", result)
-            self._send(self._control, identity, {"id": number, **answer})
+            self._tell(identity, {"id": number, **answer})
 
         try:
             body = unpack(frames[1])
@@ -140,30 +156,50 @@ class Server:
             log.get("wire").exception("serving %r", number)
             reply(Internal(f"{type(error).__name__}: {error}"))
 
-    def _from_worker(self, frames: list[bytes]) -> None:
-        link = self._link_of(frames[0].decode(errors="replace")) if len(frames) == 2 else None
-        if link is None or link.worker is None or link.worker.state is WorkerState.DEAD:
-            return  # a stranger or an earlier generation
+    # ---- workers
+
+    def expects(self, identity: str) -> bool:
+        """Is `identity` a worker's of the day? Strangers and earlier generations have nothing to say."""
+        link = self._link_of(identity)
+        worker = link.worker if link else None
+        return worker is not None and worker.state is not WorkerState.DEAD and not worker.expelled
+
+    def heard(self, identity: str, data: bytes) -> None:
+        """Serve a worker's message."""
+        self.messages["from_workers"] += 1
+        link = self._link_of(identity)
+        if link is None or not self.expects(identity):
+            self._gate.hang_up(identity)
+            return
         try:
-            link.take(unpack(frames[1]))
+            link.take(unpack(data))
         except CellvisorError as error:
-            log.get("wire").warning("%s said something wrong: %s", link.device, error)
-            self.expel(link, f"protocol violation: {error}")
+            self.broke(identity, error.message)
         except Exception as error:  # whatever a worker says, the VM lives on
             log.get("wire").exception("serving %s", link.device)
             self.expel(link, f"core could not serve it: {type(error).__name__}: {error}")
 
+    def broke(self, identity: str, why: str) -> None:
+        """A worker does not keep to the protocol."""
+        link = self._link_of(identity)
+        if link is not None and self.expects(identity):
+            log.get("wire").warning("%s said something wrong: %s", link.device, plain(why))
+            self.expel(link, f"protocol violation: {why}")
+
     def expel(self, link: Link, reason: str) -> None:
         """Give up on a worker that lies: its process is killed, `reason` told."""
-        link.failure = reason
         worker = link.worker
+        link.failure = reason = plain(reason)
         self.event("device.expelled", device=link.device, generation=worker.generation if worker else 0, reason=reason)
-        connection = worker.connection if worker else None
-        if connection is not None and connection.pidfd >= 0:
+        if worker is None:
+            return
+        worker.expelled = True
+        self._gate.kill(link.identity)
+        if worker.pidfd >= 0:
             with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(connection.pidfd, signal.SIGKILL)
+                signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
         else:
-            link.died(reason)
+            link.died(reason)  # no pidfd yet that would tell of its end
 
     def hung(self, link: Link, reason: str) -> None:
         """Give up on a worker that hangs. There is time to tell before others see it die."""
@@ -194,11 +230,12 @@ class Server:
         if worker.connection is not None:
             raise UsageError("a second connection")
         worker.connection, worker.pid = connection, connection.pid
-        pidfd = os.dup(connection.pidfd)
+        worker.pidfd = pidfd = os.dup(connection.pidfd)
 
         def gone(events: int) -> None:
             self.reactor.remove(pidfd)
             os.close(pidfd)
+            worker.pidfd = -1
             self.fds.hang_up(connection)
             if link.worker is worker:
                 link.died("its process died")
@@ -217,8 +254,7 @@ class Server:
         link = self._devices.links.get(device) if self._devices else None
         if link is None or link.worker is None or link.worker.state is WorkerState.DEAD:
             return None
-        connection = link.worker.connection
-        return connection.pidfd if connection is not None and connection.pidfd >= 0 else None
+        return link.worker.pidfd if link.worker.pidfd >= 0 else None
 
     def offer(self, connection: Connection) -> None:
         """Answer a worker that waits for its descriptors."""
@@ -228,7 +264,7 @@ class Server:
         """Send what is queued, then release every socket."""
         self.fds.close()
         self.store.close()
-        self._workers.close()
+        self._gate.close()
         self._control.close()
         self._context.term()
         self.reactor.close()

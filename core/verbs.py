@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from cellvisor.core.config import machine_config
@@ -19,8 +19,8 @@ MAX_PCI_SLOT = 31
 class Verbs:
     """The table: verb -> method(args, reply)."""
 
-    def __init__(self, machine: Machine, custody: Custody) -> None:
-        self._machine, self._custody = machine, custody
+    def __init__(self, machine: Machine, custody: Custody, messages: Mapping[str, int]) -> None:
+        self._machine, self._custody, self._messages = machine, custody, messages
         self._table: dict[str, Callable[[dict[str, Any], Reply], None]] = {
             CoreVerb.CONFIGURE: self._configure, CoreVerb.ATTACH: self._attach, CoreVerb.BOOT: self._boot,
             CoreVerb.PAUSE: self._pause, CoreVerb.RESUME: self._resume, CoreVerb.RESET: self._reset,
@@ -115,7 +115,7 @@ class Verbs:
                       for vcpu in machine.vcpus],
             "first_entry_ns": board.first_entry_ns if board else 0,
             "stages": [list(stage) for stage in machine.platform.stages()] if machine.platform else [],
-            "serial": machine.serial_path(),
+            "serial": machine.serial_path(), "messages": dict(self._messages),
         })
 
     def _devices(self, args: dict[str, Any], reply: Reply) -> None:

@@ -130,8 +130,8 @@ class Farm:
         group: list[str] = []
         running = ""
         try:
-            with L1(name=name) as machine:
-                self._machines[name] = machine
+            machine = self._machines[name] = L1(name=name)
+            with machine:
                 self._events.put(("note", f"{name} booted in {machine.boot_seconds:.0f} s"))
                 job = self._start_pytest(machine)
                 while not self._stopping and (group := self._next_group()):

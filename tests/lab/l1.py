@@ -76,6 +76,7 @@ class L1:
         self._jobs: dict[int, Job] = {}
         self._hello = threading.Event()
         self._dead = threading.Event()
+        self._closed = threading.Event()
         self._lock = threading.Lock()
         self._last = 0
         self.boot_seconds = 0.0
@@ -108,6 +109,8 @@ class L1:
         self._socket = self._connect(port, began + BOOT_SECONDS)
         threading.Thread(target=self._read, args=(self._socket,), daemon=True).start()
         while not self._hello.wait(0.05):
+            if self._closed.is_set():
+                self.close()  # again, for it was closed before there was a process to end
             if self._dead.is_set() or self._process.poll() is not None:
                 raise Died(f"L1 ended while booting\n{self.console()}")
             if time.monotonic() > began + BOOT_SECONDS:
@@ -184,6 +187,7 @@ class L1:
 
     def close(self) -> None:
         """End the machine and remove its files; safe to call twice and from another thread."""
+        self._closed.set()
         atexit.unregister(self.close)
         if self._process is not None and self._process.poll() is None:
             self._process.kill()

@@ -158,6 +158,8 @@ class Supervisor:
         self.stages.add("core-ready", time.monotonic_ns())
         core = self.core = CoreLink(self._context, self.rundir)
         core.serve(self.on_core_event, self.record)
+        if self.rundir.generation > 1:
+            await core.request(CoreVerb.INFO)  # a fresh core takes a successor for a stranger until it speaks
         adopt.leave_descriptors(core, self.rundir, self.monitor)
         await core.keep_state()  # from here on core outlives us
         await self.nurseries.open(0, self._nursery_child)

@@ -143,8 +143,7 @@ class Nurseries:
         self._forget(number)
         self.homes = {device: home for device, home in self.homes.items() if home != number}
         if number != self.present:
-            if self.present in self._links:
-                self._links[self.present].ward(self._wards())
+            self.ward()
             return
         log.get("nursery").warning("the nursery died: workers live on, starting another one")
         self._events.emit("nursery.died", pid=child.pid)
@@ -157,7 +156,7 @@ class Nurseries:
             await asyncio.sleep(delay)
             try:
                 self.present = await self.start()
-                self._links[self.present].ward(self._wards())
+                self.ward()
             except (OSError, TimeoutError, CellvisorError) as error:
                 log.get("nursery").error("no nursery could be started: %s", error)
                 continue
@@ -165,6 +164,11 @@ class Nurseries:
             self._changed()
             return
         self._events.emit("nursery.failed")
+
+    def ward(self) -> None:
+        """Have the present nursery answer for workers that lost theirs."""
+        if self.present in self._links:
+            self._links[self.present].ward(self._wards())
 
     def _forget(self, number: int) -> None:
         link, child = self._links.pop(number, None), self._processes.pop(number, None)

@@ -9,20 +9,22 @@ The first packet of a connection binds it to its identity; a peer that says anyt
 
 from __future__ import annotations
 
-import os
-import select
 import socket
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from cellvisor.core import log
+from cellvisor.core.closer import Closer
+from cellvisor.core.door import Door, Peer
 from cellvisor.core.errors import CellvisorError, UsageError
 from cellvisor.core.store import Store
 from cellvisor.core.wire import fdpass
+from cellvisor.core.wire.allowance import Allowance
 from cellvisor.core.wire.reactor import Reactor
 
-MAX_CONNECTIONS = 256
 MAX_NAME = 128
+RATE, BURST = 500, 2000  # packets of one peer: a second, and at once
+AT_ONCE = 16  # in one turn
 
 
 class Peers(Protocol):
@@ -41,92 +43,68 @@ class Peers(Protocol):
         """Return the pidfd of the device's living worker, or None."""
 
 
-class Connection:
-    """One accepted peer. `pidfd` stands for the process that connected (SO_PEERCRED)."""
+class Connection(Peer):
+    """A worker or the controlplane."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self.identity = ""
+        super().__init__(sock)
         self.waits_for_take = False
-        pid = int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], "little")
-        self.pid = pid
-        self.pidfd = os.pidfd_open(pid)
-
-    def close(self) -> None:
-        """Hang up."""
-        self.sock.close()
-        if self.pidfd >= 0:
-            os.close(self.pidfd)
-            self.pidfd = -1
+        self.allowance = Allowance(RATE, BURST)
 
 
 class FdsServer:
     """Accepts, checks and serves."""
 
-    def __init__(self, path: str, reactor: Reactor, store: Store, peers: Peers) -> None:
-        self._reactor, self._store, self._peers = reactor, store, peers
-        self._connections: dict[int, Connection] = {}
-        self._listener = fdpass.listen(path)
-        reactor.add(self._listener.fileno(), self._accept)
-
-    def _accept(self, events: int) -> None:
-        try:
-            sock, _ = self._listener.accept()
-        except OSError:
-            return
-        if len(self._connections) >= MAX_CONNECTIONS:
-            sock.close()
-            return
-        sock.setblocking(False)
-        try:
-            connection = Connection(sock)
-        except OSError:  # gone already
-            sock.close()
-            return
-        self._connections[sock.fileno()] = connection
-        self._reactor.add(sock.fileno(), lambda events: self._ready(connection, events))
+    def __init__(self, path: str, reactor: Reactor, store: Store, peers: Peers, closer: Closer) -> None:
+        self._store, self._peers = store, peers
+        self._complaints = Allowance(0.2, 20)  # lines in the log
+        self._door = Door(fdpass.listen(path), reactor, closer, Connection, self._ready)
 
     def hang_up(self, connection: Connection) -> None:
         """Forget a peer."""
-        fd = connection.sock.fileno()
-        if fd >= 0 and self._connections.pop(fd, None) is not None:
-            self._reactor.remove(fd)
-            connection.close()
+        self._door.leave(connection)
 
     def _ready(self, connection: Connection, events: int) -> None:
         try:
-            packet = fdpass.receive(connection.sock) if events & select.EPOLLIN else None
-            if packet is None:
-                self.hang_up(connection)
-                return
-            body, fds = packet
-            try:
-                self._serve(connection, body, fds)
-            finally:
-                for fd in fds:
-                    os.close(fd)
+            for _ in range(AT_ONCE):
+                if not connection.is_open:
+                    return
+                packet = fdpass.receive(connection.sock, lambda fds: self._door.discard(connection, fds))
+                if packet is None:
+                    self.hang_up(connection)
+                    return
+                body, fds = packet
+                try:
+                    self._serve(connection, body, fds)
+                finally:
+                    self._door.discard(connection, fds)
+                wait = connection.allowance.spend()
+                if wait:
+                    self._door.rest(connection, wait)
+                    return
         except BlockingIOError:
             return
         except (UsageError, OSError) as error:
-            log.get("fds").warning("hanging up on pid %d: %s", connection.pid, error)
+            if self._complaints.afford():
+                log.get("fds").warning("hanging up on pid %d: %s", connection.pid, error)
             self.hang_up(connection)
 
     def _serve(self, connection: Connection, body: dict[str, Any], fds: list[int]) -> None:
+        """Answer one packet. A descriptor that is kept is taken out of `fds`."""
         identity = body.get("identity")
         device = self._peers.owner_of(identity) if isinstance(identity, str) else None
         if device is None or not isinstance(identity, str):
             raise UsageError(f"stranger {str(identity)[:80]!r}")
         if not connection.identity:
-            connection.identity = identity
             self._peers.connected(identity, connection)
+            self._door.known(connection, identity)
         elif connection.identity != identity:
             raise UsageError(f"{connection.identity} now says it is {identity[:80]!r}")
         if body.get("take") is True:
             connection.waits_for_take = True
             self.offer(connection)
         elif "get" in body:
-            name = _name(body["get"])
-            device, name = _scope(device, name)
+            device, name = _scope(device, _name(body["get"]))
             _lend(connection, self._store.get(device, name))
         elif "pidfd" in body and not device:
             _lend(connection, self._peers.pidfd_of(_name(body["pidfd"])))
@@ -134,9 +112,9 @@ class FdsServer:
             device, name = _scope(device, _name(body["deposit"]))
             if len(fds) != 1:
                 raise UsageError(f"deposit of {name!r} carries {len(fds)} descriptors, not 1")
-            self._answer(connection, lambda: self._store.deposit(device, name, os.dup(fds[0])))
+            self._answer(connection, lambda: self._store.deposit(device, name, fds.pop()))
         else:
-            raise UsageError(f"request with keys {sorted(map(str, body))[:8]}")
+            raise UsageError(f"request with keys {[str(key)[:20] for key in list(body)[:8]]}")
 
     def _answer(self, connection: Connection, action: Callable[[], None]) -> None:
         try:
@@ -156,10 +134,7 @@ class FdsServer:
 
     def close(self) -> None:
         """Stop listening and hang up on everybody."""
-        self._reactor.remove(self._listener.fileno())
-        self._listener.close()
-        for connection in list(self._connections.values()):
-            self.hang_up(connection)
+        self._door.close()
 
 
 def _lend(connection: Connection, fd: int | None) -> None:
@@ -180,5 +155,3 @@ def _scope(device: str, name: str) -> tuple[str, str]:
     if not slash or not rest:
         raise UsageError(f"descriptor {name!r} is not <device>/<name>")
     return scope, rest
-
-

@@ -10,7 +10,9 @@ with the same epoch to the next incarnation, which resumes from the state memfd.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +24,7 @@ from cellvisor.core.errors import CellvisorError, Conflict, UsageError, from_wir
 from cellvisor.core.fds import Connection
 from cellvisor.core.ring.state import StateMap, create_state
 from cellvisor.core.virtio.device import VirtioPciDevice
+from cellvisor.core.wire.allowance import Allowance
 from cellvisor.core.wire.messages import PROTOCOL, ToCore, ToWorker
 from cellvisor.core.wire.spec import Spec, spec_from_wire
 
@@ -72,15 +75,23 @@ class Home(Protocol):
 
 @dataclass(slots=True)
 class Worker:
-    """One incarnation."""
+    """One incarnation. `pidfd` stands for its process from its first connection to its end, else -1."""
 
     generation: int
     token: str
     state: WorkerState = WorkerState.WAITING
     connection: Connection | None = None
     pid: int = 0
+    pidfd: int = -1
+    expelled: bool = False
     poisoned: int = 0
     calls: dict[int, Callable[[Any, CellvisorError | None], None]] = field(default_factory=dict)
+
+
+def plain(text: object, most: int = 300) -> str:
+    """Return `text` of a worker as one short line without anything that a terminal would obey."""
+    kept = (text if isinstance(text, str) else repr(text)[:most])[:most]
+    return "".join(c if c.isprintable() else "?" for c in kept)
 
 
 def _eventfd() -> int:
@@ -98,13 +109,14 @@ class Link:
         self.worker: Worker | None = None
         self.kick_fds: list[int] = []
         self.call_fds: list[int] = []
-        self.config_fd = _eventfd()
-        self.ping_fd = _eventfd()
+        self.config_fd = _eventfd()  # core's alone: a worker says CONFIG
+        self._ping_end, self.ping_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)  # a worker could fill an eventfd
         self.state_fd = -1
         self.state: StateMap | None = None
         self.activation: dict[str, Any] | None = None
         self.pending_reset: int | None = None
         self.values: dict[str, int] = {}
+        self._complaints = Allowance(0.1, 10)  # lines in the log: the guest decides how often it breaks a rule
         self.failure = ""
         self.refused = False
         self.hang_timeout, self.io_timeout = HANG_SECONDS, IO_SECONDS  # core/watchdog.py; 0: for ever
@@ -123,7 +135,7 @@ class Link:
         if self.worker is not None and generation <= self.worker.generation:
             raise Conflict(f"{self.device}: generation {generation} is not newer than {self.worker.generation}")
         if self.worker is not None:
-            self._drop_calls(self.worker)
+            self._dismiss(self.worker)
         self.worker = Worker(generation, token)
         self.failure, self.refused = "", False
 
@@ -155,6 +167,13 @@ class Link:
         if self.pending_reset is not None:
             self.home.told(self, "reset-waits")
 
+    def _dismiss(self, worker: Worker) -> None:
+        """Never two processes on one ring: a nursery that died may have forked one more than it could tell."""
+        self._drop_calls(worker)
+        if worker.pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
+
     def _drop_calls(self, worker: Worker) -> None:
         calls, worker.calls = worker.calls, {}
         for done in calls.values():
@@ -172,7 +191,7 @@ class Link:
         """Return names and descriptors for the worker; `shared` are RAM and its table. None before Hello."""
         if self.spec is None or self.worker is None or self.worker.state is not WorkerState.GREETED:
             return None
-        given = dict(shared, state=self.state_fd, config=self.config_fd, ping=self.ping_fd)
+        given = dict(shared, state=self.state_fd, ping=self._ping_end)
         given.update({f"kick{index}": fd for index, fd in enumerate(self.kick_fds)})
         given.update({f"call{index}": fd for index, fd in enumerate(self.call_fds)})
         return list(given), list(given.values())
@@ -214,9 +233,10 @@ class Link:
 
     def take(self, body: dict[str, Any]) -> None:
         """Serve one message of the present worker. Raises UsageError for one that makes no sense."""
-        handler = self._handlers.get(body.get("k", ""))
+        kind = body.get("k")
+        handler = self._handlers.get(kind) if isinstance(kind, str) else None
         if handler is None:
-            raise UsageError(f"unknown kind {body.get('k')!r}")
+            raise UsageError(f"unknown kind {plain(kind, 40)!r}")
         handler(body)
 
     def _require(self, state: WorkerState) -> Worker:
@@ -228,22 +248,41 @@ class Link:
     def _hello(self, body: dict[str, Any]) -> None:
         worker = self._require(WorkerState.WAITING)
         if body.get("protocol") != PROTOCOL:
-            raise UsageError(f"protocol {body.get('protocol')!r}, core speaks {PROTOCOL}")
+            raise UsageError(f"protocol {plain(body.get('protocol'), 40)}, core speaks {PROTOCOL}")
         drains = body.get("drain") is True and self.spec is not None
         spec = self.spec if drains and self.spec is not None else spec_from_wire(body.get("spec"))
         if self.spec is None:
-            self.spec = spec
-            self.kick_fds = [_eventfd() for _ in spec.queues]
-            self.call_fds = [_eventfd() for _ in spec.queues]
-            self.state_fd = create_state(spec.queues, spec.private_size)
-            self.state = StateMap(self.state_fd)
-            self.function = self.home.build(self)
+            self._learn(spec)
         elif (spec.queues, spec.virtio_id, spec.private_size) != (
                 self.spec.queues, self.spec.virtio_id, self.spec.private_size):
             raise UsageError("its shape differs from its predecessor's")
         worker.state = WorkerState.GREETED
         if worker.connection is not None:
             self.home.offer(worker.connection)
+
+    def _learn(self, spec: Spec) -> None:
+        """Make what belongs to the device, all of it or nothing. Raises UsageError for a Spec that cannot be built."""
+        self.spec = spec
+        try:
+            for fds in (self.kick_fds, self.call_fds):
+                for _ in spec.queues:
+                    fds.append(_eventfd())
+            self.state_fd = create_state(spec.queues, spec.private_size)
+            self.state = StateMap(self.state_fd)
+            self.function = self.home.build(self)
+        except BaseException:
+            self._forget()
+            raise
+
+    def _forget(self) -> None:
+        self.spec = None
+        if self.state is not None:
+            self.state.close()
+            self.state = None
+        for fd in (*self.kick_fds, *self.call_fds, self.state_fd):
+            if fd >= 0:
+                os.close(fd)
+        self.kick_fds, self.call_fds, self.state_fd = [], [], -1
 
     def _ready(self, body: dict[str, Any]) -> None:
         worker = self._require(WorkerState.GREETED)
@@ -273,13 +312,14 @@ class Link:
 
     def _needs_reset(self, body: dict[str, Any]) -> None:
         self._require(WorkerState.SERVING)
-        log.get("device").warning("%s: needs reset: %s", self.device, str(body.get("reason", ""))[:200])
+        if self._complaints.afford():
+            log.get("device").warning("%s: needs reset: %s", self.device, plain(body.get("reason", ""), 200))
         if self.function is not None:
             with self.home.lock:
                 self.function.needs_reset()
 
     def _failed(self, body: dict[str, Any]) -> None:
-        self.failure, self.refused = str(body.get("reason", ""))[:500], body.get("refused") is True
+        self.failure, self.refused = plain(body.get("reason", ""), 500), body.get("refused") is True
         if self.worker is not None and self.worker.connection is None:
             self.died(self.failure)  # no pidfd yet that would tell of its end
 
@@ -289,7 +329,7 @@ class Link:
         worker.poisoned += 1
         if worker.poisoned <= MAX_POISON and type(queue) is int:
             self.home.told(self, "poison", generation=worker.generation, queue=queue,
-                           text=str(body.get("text", ""))[:200])
+                           text=plain(body.get("text", ""), 200))
 
     def _counters(self, body: dict[str, Any]) -> None:
         values = body.get("values")
@@ -306,10 +346,8 @@ class Link:
 
     def close(self) -> None:
         """Release the eventfds and the state memfd; the function must be gone."""
-        if self.state is not None:
-            self.state.close()
-            self.state = None
-        for fd in (*self.kick_fds, *self.call_fds, self.config_fd, self.ping_fd, self.state_fd):
+        self._forget()
+        for fd in (self.config_fd, self.ping_fd, self._ping_end):
             if fd >= 0:
                 os.close(fd)
-        self.kick_fds, self.call_fds, self.config_fd, self.ping_fd, self.state_fd = [], [], -1, -1, -1
+        self.config_fd = self.ping_fd = self._ping_end = -1

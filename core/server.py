@@ -16,7 +16,6 @@ from typing import Any, Protocol
 import zmq
 
 from cellvisor.core import log
-from cellvisor.core.allowance import Allowance
 from cellvisor.core.closer import Closer
 from cellvisor.core.custody import Custody
 from cellvisor.core.errors import CellvisorError, Internal, UsageError
@@ -25,6 +24,7 @@ from cellvisor.core.gate import Gate
 from cellvisor.core.link import Link, WorkerState, plain
 from cellvisor.core.store import Store
 from cellvisor.core.wire import places
+from cellvisor.core.wire.allowance import Allowance
 from cellvisor.core.wire.messages import MAX_MESSAGE, pack, unpack
 from cellvisor.core.wire.reactor import Reactor
 

@@ -6,29 +6,33 @@ nobody else gets it back.
 
 from __future__ import annotations
 
-import os
-
-from cellvisor.core.errors import Conflict
+from cellvisor.core.closer import Closer
+from cellvisor.core.errors import Conflict, UsageError
 
 MAX_PER_DEVICE = 128
+MAX_CLOSING = 300
 
 
 class Store:
     """Named descriptors per device. Owns what it holds."""
 
-    def __init__(self) -> None:
+    def __init__(self, closer: Closer) -> None:
+        self._closer = closer
         self._held: dict[str, dict[str, int]] = {}
 
     def deposit(self, device: str, name: str, fd: int) -> None:
-        """Take over `fd`; one that had the name before is closed. Raises Conflict when a device has too many."""
+        """Take over `fd`; one that had the name before is closed.
+
+        Raises Conflict when a device has too many, UsageError when closing them takes too long.
+        """
         names = self._held.setdefault(device, {})
         if name not in names and len(names) >= MAX_PER_DEVICE:
-            os.close(fd)
+            self._close(device, fd)
             raise Conflict(f"{device}: {MAX_PER_DEVICE} descriptors are stored already", hint="a worker leaks them")
         old = names.pop(name, None)
-        if old is not None:
-            os.close(old)
         names[name] = fd
+        if old is not None:
+            self._close(device, old)
 
     def get(self, device: str, name: str) -> int | None:
         """Return the stored descriptor, still owned by the store."""
@@ -40,8 +44,7 @@ class Store:
 
     def drop(self, device: str) -> None:
         """Close everything of `device`."""
-        for fd in self._held.pop(device, {}).values():
-            os.close(fd)
+        self._closer.close(f"store of {device}", *self._held.pop(device, {}).values())
 
     def close(self) -> None:
         """Close everything."""
@@ -51,3 +54,7 @@ class Store:
     def count(self) -> int:
         """Return how many descriptors are held."""
         return sum(len(names) for names in self._held.values())
+
+    def _close(self, device: str, fd: int) -> None:
+        if self._closer.close(f"store of {device}", fd) > MAX_CLOSING:
+            raise UsageError(f"{device}: its descriptors do not close")

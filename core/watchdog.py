@@ -55,7 +55,8 @@ class Watchdog:
     def _ping(link: Link) -> None:
         if link.state is not None:
             link.state.ping = link.state.ping + 1
-            os.eventfd_write(link.ping_fd, 1)
+            with contextlib.suppress(BlockingIOError):  # it has not looked for hours
+                os.eventfd_write(link.ping_fd, 1)
 
     def _look(self, link: Link, seen: _Seen) -> None:
         state = link.state

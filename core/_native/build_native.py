@@ -7,10 +7,10 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).parent
-HEADERS = ["memory.h", "ring.h", "vcpu.h", "file.h"]
+HEADERS = ["memory.h", "ring.h", "vcpu.h", "file.h", "eventfd.h"]
 KERNEL_HEADERS = ["kvm.h", "pci_regs.h", "virtio_blk.h", "virtio_config.h", "virtio_console.h", "virtio_ids.h",
                   "virtio_pci.h", "virtio_ring.h"]
-SOURCES = ["memory.c", "chain.c", "ring.c", "vcpu.c", "kvm.c", "file.c"]
+SOURCES = ["memory.c", "chain.c", "ring.c", "vcpu.c", "kvm.c", "file.c", "eventfd.c"]
 
 
 def declarations() -> str:

@@ -9,13 +9,16 @@ from __future__ import annotations
 import array
 import os
 import socket
+from collections.abc import Callable
 from typing import Any
 
 from cellvisor.core.errors import UsageError
 from cellvisor.core.wire.messages import pack, unpack
 
-MAX_FDS = 250  # SCM_MAX_FD is 253
+SCM_MAX_FD = 253  # the kernel's
+MAX_FDS = 250
 MAX_PACKET = 1 << 17
+Discard = Callable[[list[int]], None]
 
 
 def send(sock: socket.socket, body: dict[str, Any], fds: list[int] | tuple[int, ...] = ()) -> None:
@@ -29,33 +32,45 @@ def send(sock: socket.socket, body: dict[str, Any], fds: list[int] | tuple[int, 
     sock.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
 
 
-def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
+def receive(sock: socket.socket, discard: Discard | None = None) -> tuple[dict[str, Any], list[int]] | None:
     """Receive one packet; None when the peer is gone. The caller owns the descriptors.
 
-    Raises UsageError for a packet that is no map or was cut (its descriptors are closed), BlockingIOError on
-    a non-blocking socket with nothing to read.
+    Raises UsageError for a packet that is no map or was cut (its descriptors go to `discard`, which closes them),
+    BlockingIOError on a non-blocking socket with nothing to read.
     """
     try:
-        data, ancillary, flags, _ = sock.recvmsg(
-            MAX_PACKET, socket.CMSG_SPACE(MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC)
+        data, fds, flags = read(sock, MAX_PACKET)
     except ConnectionError:
         return None
+    if not data and not fds:
+        return None  # an empty packet looks the same: its sender hangs up on itself
+    try:
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(fds) > MAX_FDS:
+            raise UsageError("packet was cut: too long or too many descriptors")
+        return unpack(data), fds
+    except BaseException:
+        (discard or _close)(fds)
+        raise
+
+
+def read(sock: socket.socket, size: int) -> tuple[bytes, list[int], int]:
+    """Receive up to `size` bytes, every descriptor that came with them, and flags. Raises OSError.
+
+    There is always room for all descriptors: those without one would be closed by the kernel, on our time.
+    """
+    data, ancillary, flags, _ = sock.recvmsg(size, socket.CMSG_SPACE(SCM_MAX_FD * 4), socket.MSG_CMSG_CLOEXEC)
     fds: list[int] = []
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             numbers = array.array("i")
             numbers.frombytes(payload[: len(payload) - len(payload) % 4])
             fds.extend(numbers)
-    if not data and not fds:
-        return None  # an empty packet looks the same: its sender hangs up on itself
-    try:
-        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-            raise UsageError("packet was cut: too long or too many descriptors")
-        return unpack(data), fds
-    except BaseException:
-        for fd in fds:
-            os.close(fd)
-        raise
+    return data, fds, flags
+
+
+def _close(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 def listen(path: str) -> socket.socket:

@@ -140,12 +140,16 @@ async def go_on(vm: Supervisor, left: Legacy) -> None:
         if found.configured:
             vm.memory_effects = info.get("memory_effects") or vm.memory_effects
             await _take_devices(vm, found, info.get("state") != "created", workers)
+            vm.nurseries.ward()
         core.serve(vm.on_core_event, vm.record)
         for name, properties in early:
             vm.on_core_event(name, properties)
     finally:
         for _, pidfd in workers.values():
             os.close(pidfd)
+    if found.configured and info.get("state") != "created":
+        with contextlib.suppress(CellvisorError):
+            await vm.plug.adopt(found.parts.get("plug"))
     vm.changed()
     vm.open_api()
     vm.events.emit("vmm.adopted", name=vm.rundir.name, pid=os.getpid(), generation=vm.rundir.generation,
@@ -156,7 +160,11 @@ async def go_on(vm: Supervisor, left: Legacy) -> None:
 async def _go_on_running(vm: Supervisor, found: Record, info: dict[str, Any]) -> None:
     state = str(info.get("state"))
     if found.configured and state == "created":
-        await vm.finish_boot(vm.require_core(), vm.consoles(vm.require_core()))
+        vm.booting = True  # who wants to add a device meanwhile waits
+        try:
+            await vm.finish_boot(vm.require_core(), vm.consoles(vm.require_core()))
+        finally:
+            vm.booting = False
     elif not found.configured and found.flags.order is not None:
         if not found.created:
             vm.create(found.flags.order)
@@ -180,8 +188,10 @@ async def _take_devices(vm: Supervisor, found: Record, booted: bool, workers: Wo
         if life is not None and entry is not None:
             steps.append(_take_device(vm, device, replace(life, served=life.served or booted), entry, workers))
         elif booted:
-            log.get("adopt").warning("%s: its addition had only begun: undone", device.id)
+            log.get("adopt").warning("%s: its addition had only begun, or its removal was all but done", device.id)
             vm.inventory.release(device.id)
+            if entry is not None:
+                steps.append(partial(core.request, CoreVerb.DETACH, device=device.id))
         else:
             steps.append(partial(fleet.start, device))
     steps += [partial(core.request, CoreVerb.DETACH, device=leftover) for leftover in seen]

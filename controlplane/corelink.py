@@ -18,7 +18,8 @@ from cellvisor.core.wire.messages import MAX_MESSAGE, CoreVerb, pack, unpack
 
 TIMEOUT = 10.0
 LIMIT = 1000  # messages queued either way
-RECORDED = frozenset({CoreVerb.CONFIGURE, CoreVerb.ATTACH, CoreVerb.DETACH, CoreVerb.BOOT})
+RECORDED = frozenset({CoreVerb.CONFIGURE, CoreVerb.ATTACH, CoreVerb.PLUG, CoreVerb.UNPLUG, CoreVerb.DETACH,
+                      CoreVerb.BOOT})
 OURS = "__controlplane"  # under this name core keeps what the next controlplane needs of us
 
 

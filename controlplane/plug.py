@@ -10,15 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import weakref
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from cellvisor.controlplane.fleet import READY_TIMEOUT, Fleet, Incarnation
+from cellvisor.controlplane.farewell import answer_of_guest, see_off
+from cellvisor.controlplane.fleet import READY_TIMEOUT, Fleet
 from cellvisor.controlplane.inventory import Device, Wanted
 from cellvisor.controlplane.operations import FINAL, Operation, Operations, OpState
-from cellvisor.controlplane.processes import kill_pidfd
-from cellvisor.controlplane.waiting import wait_pidfd
 from cellvisor.core import log
 from cellvisor.core.errors import CellvisorError, Conflict, Internal, UsageError
 from cellvisor.core.wire.messages import CoreVerb
@@ -28,13 +27,8 @@ if TYPE_CHECKING:
 
 GUEST_TIMEOUT = 30.0  # seconds until a guest that does nothing about it is called silent
 END_TIMEOUT = 5.0
-ADD, REMOVE = "add", "remove"
+ADD = "add"  # how the verbs that add begin
 INSERT_EVENTS = (0, 1)
-# _OST status codes (ACPI 6.5, Tables 6.63 to 6.65)
-_GENERAL = {1: "failed", 2: "does not know this event"}
-_INSERT = {0x81: "its driver could not be loaded", 0x82: "cannot take devices"}
-_EJECT = {0x80: "cannot give devices back", 0x81: "an application uses it", 0x82: "it is busy",
-          0x83: "something that depends on it is busy"}
 
 
 class Plug:
@@ -50,6 +44,7 @@ class Plug:
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         vm.events.add_sink(lambda event: self._on_event(event.name))
+        vm.parts["plug"] = self.as_state
 
     # ---- adding
 
@@ -101,8 +96,9 @@ class Plug:
             vm.config = replace(vm.config, paths={**vm.config.paths, device.id: path})
             vm.events.emit("console.pty", device=device.id, path=path)
         self._adding[device.id] = operation
+        undo.callback(self._unwant, device.id)
+        self._want(device)  # goes into core's record with the step
         await core.request(CoreVerb.PLUG, device=device.id)
-        self._want(device)
         vm.events.emit("device.added", id=device.id, bdf=device.bdf, type=device.type)
 
     # ---- removing
@@ -127,6 +123,7 @@ class Plug:
             pending = self._leaving.get(key)
             operation = pending or self.operations.begin("remove-device", key, device.bdf)
             self._leaving[key] = operation
+            self._unwant(key)  # goes into core's record with the step
             try:
                 if not host_only:
                     await self._have_it_served(device)
@@ -134,12 +131,12 @@ class Plug:
             except CellvisorError as error:
                 if pending is None:
                     self._leaving.pop(key, None)
+                    self._want(device)
                     self.operations.move(operation, OpState.REFUSED, str(error))
                 raise
             added = self._adding.pop(key, None)
             if added is not None and not added.is_over:
                 self._end(added, OpState.CANCELLED, "the device was removed")
-            self._unwant(key)
         self._notified(operation, timeout)
         return operation
 
@@ -192,11 +189,11 @@ class Plug:
             event, status = int(properties.get("event", -1)), int(properties.get("status", -1))
             if adding is not None and event in INSERT_EVENTS:
                 self._adding.pop(device)
-                self._end(adding, OpState.REFUSED, _said(status, _INSERT))
+                self._end(adding, OpState.REFUSED, answer_of_guest(status, inserting=True))
             elif leaving is not None and event not in INSERT_EVENTS:
                 self._leaving.pop(device)
                 self._want(self._vm.inventory.get(device))
-                self._end(leaving, OpState.REFUSED, _said(status, _EJECT))
+                self._end(leaving, OpState.REFUSED, answer_of_guest(status, inserting=False))
         elif name == "slot.ejected":
             self._spawn(self._finish(device, self._vm.inventory.devices.get(device), str(properties.get("how", ""))))
         elif name == "slot.freed":
@@ -204,6 +201,8 @@ class Plug:
 
     def _on_event(self, name: str) -> None:
         """A machine that ended keeps nothing pending: what leaves has left, what came is there at the next boot."""
+        if name.startswith("operation."):
+            self._vm.changed()
         if name not in ("vm.shutdown", "vm.crashed"):
             return
         for device, operation in list(self._leaving.items()):
@@ -253,7 +252,55 @@ class Plug:
         except CellvisorError as error:
             log.get("plug").info("%s: %s", key, error)
         if one is not None:
-            await _ended(one, 0.0 if kill else END_TIMEOUT)
+            await see_off(one, 0.0 if kill else END_TIMEOUT)
+
+    # ---- from one controlplane to the next
+
+    def as_state(self) -> dict[str, Any]:
+        """Return what adopt() needs, as plain data."""
+        return {"operations": self.operations.as_state()}
+
+    async def adopt(self, state: Mapping[str, Any] | None) -> None:
+        """Go on where a predecessor was: what the guest was told of goes on, what it was not is taken back."""
+        if state:
+            self.operations.restore(state["operations"])
+        pending = {one.device: one for one in self.operations.listed() if not one.is_over}
+        entries = (await self._core().request(CoreVerb.DEVICES)).get("devices", ())
+        slots = {str(entry.get("device")): str(entry.get("plug")) for entry in entries}
+        for key, device in list(self._vm.inventory.devices.items()):
+            await self._adopt(device, slots.get(key, ""), pending.pop(key, None))
+        for operation in pending.values():  # their devices are gone
+            if operation.verb.startswith(ADD):
+                self._end(operation, OpState.REFUSED, "the controlplane died before the guest was told")
+            else:
+                self._end(operation, OpState.DONE)
+
+    async def _adopt(self, device: Device, slot: str, operation: Operation | None) -> None:
+        removing = operation is not None and not operation.verb.startswith(ADD)
+        if slot in ("ejected", "gone"):
+            if operation is not None and removing:
+                self._leaving[device.id] = operation
+            await self._finish(device.id, device, "guest" if slot == "ejected" else "force")
+        elif slot == "removing":
+            operation = operation if operation and removing else self.operations.begin("remove-device", device.id,
+                                                                                       device.bdf)
+            self._leaving[device.id] = operation
+            self._unwant(device.id)
+            self._notified(operation, GUEST_TIMEOUT)
+        elif slot == "unplugged" and operation is not None and not removing:
+            await self._take_back(self._fleet(), device.id)
+            self._vm.inventory.release(device.id)
+            self._unwant(device.id)
+            self._end(operation, OpState.REFUSED, "the controlplane died before the guest was told")
+        elif operation is not None:
+            self._want(device)
+            if slot == "inserting" and not removing:
+                self._adding[device.id] = operation
+                self._notified(operation, GUEST_TIMEOUT)
+            elif not removing:
+                self._end(operation, OpState.DONE)
+            else:
+                self._end(operation, OpState.REFUSED, "while the controlplane was away, or never asked")
 
     # ---- below
 
@@ -320,23 +367,3 @@ class Plug:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-async def _ended(one: Incarnation, patience: float) -> None:
-    """Wait until a process ended, killing it after `patience` seconds."""
-    if one.pidfd < 0:
-        return
-    try:
-        if patience:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(wait_pidfd(one.pidfd), patience)
-                return
-        kill_pidfd(one.pidfd)
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(wait_pidfd(one.pidfd), END_TIMEOUT)
-    finally:
-        one.close()
-
-
-def _said(status: int, meanings: dict[int, str]) -> str:
-    return f"the guest: {_GENERAL.get(status) or meanings.get(status) or 'no reason'} (_OST {status:#x})"

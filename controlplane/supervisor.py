@@ -69,7 +69,6 @@ class Supervisor:
         self.began = began
         self.stages = report.Stages(began)
         self.events = EventLog(rundir.generation)
-        self.plug = Plug(self)
         self.fleet: Fleet | None = None
         self.monitor = left.monitor if left is not None else None
         if flags.event_monitor and self.monitor is None:
@@ -85,6 +84,7 @@ class Supervisor:
         self.nurseries = self._new_nurseries()
         self.configured = False
         self.parts: dict[str, Callable[[], Any]] = {}  # what others want recorded in core, by their key
+        self.plug = Plug(self)
         self._api: Api | None = None
         self._stopping = False
         self.memory_effects: dict[str, Any] = {}

@@ -33,8 +33,12 @@ class Steered:
     def __init__(self, vm: Vm, running: Running) -> None:
         self.vm, self.running = vm, running
         self.disk = make_disk(vm.where / "added.raw", 16 << 20)
-        directory = Path(cellvisor.runtime_dir(vm.where)) / "cellvisor"
-        self.client = eventually(lambda: self.connect(directory), "the API")
+        self.directory = Path(cellvisor.runtime_dir(vm.where)) / "cellvisor"
+        self.client: Client = eventually(lambda: self.connect(self.directory), "the API")
+
+    def reconnect(self) -> None:
+        self.client.close()
+        self.client = eventually(lambda: self.connect(self.directory), "the next controlplane")
 
     def connect(self, directory: Path) -> Client | None:
         for name in directory.iterdir() if directory.exists() else ():
@@ -426,6 +430,50 @@ def test_a_worker_killed_between_the_steps(start: Callable[..., Steered], moment
             vm.remove()
         vm.done()
     vm.running.finish().check()
+
+
+def test_a_parked_device_leaves_through_its_drain(start: Callable[..., Steered]) -> None:
+    vm = start("load=1 errors=1")
+    vm.add(f"path={vm.disk},id=test0,restart_budget=0")
+    vm.done()
+    time.sleep(0.2)
+    os.kill(vm.devices()["test0"]["pid"], signal.SIGKILL)
+    eventually(lambda: vm.devices()["test0"]["state"] == "parked", "the device to be given up")
+    vm.remove()
+    vm.done()
+    assert "failed.3=" in vm.running.finish().check().text  # what it waited for came back, as an error
+
+
+def test_a_controlplane_killed_between_the_steps(start: Callable[..., Steered]) -> None:
+    vm = start("removals=999 drive=0")
+    before = vm.footprint()
+    for turn in range(12):
+        verb = "add" if "test0" not in vm.devices() else "remove"
+        pilot = next(one["pid"] for one in vm.processes() if one["role"] == "controlplane")
+
+        def kill(pilot: int = pilot, delay: float = turn * 0.003) -> None:
+            time.sleep(delay)
+            os.kill(pilot, signal.SIGKILL)
+
+        thread = threading.Thread(target=kill)
+        thread.start()
+        with Client(vm.client.path, timeout=2) as client, suppress(CellvisorError):
+            if verb == "add":
+                client.call("add-disk", path=str(vm.disk), id="test0")
+            else:
+                client.call("remove-device", id="test0")
+        thread.join()
+        vm.reconnect()
+        for operation in vm.operations():
+            assert vm.wait(operation["id"])["state"] in ("done", "refused"), (turn, operation)
+        states = {key: (one["state"], one["plug"], one["wanted"]) for key, one in vm.devices().items()}
+        assert states.pop("test0", ("serving", "enumerated", True)) == ("serving", "enumerated", True), (turn, states)
+    if "test0" in vm.devices():
+        vm.remove()
+        vm.done()
+    after = vm.footprint()
+    assert {key: after[key] for key in ("free slots", "workers", "core memfd maps")} == {
+        key: before[key] for key in ("free slots", "workers", "core memfd maps")}
 
 
 def test_a_worker_killed_at_its_start_refuses_the_addition(start: Callable[..., Steered]) -> None:

@@ -1,136 +1,32 @@
-"""Devices that come and go under a running guest, which plays the operating system's part (tests/guest/hotplug.c)."""
+"""Devices that come and go under a running guest, which plays the operating system's part."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from cellvisor.core.errors import CellvisorError, Conflict, NotFound, TryAgain
-from cellvisor.core.wire.control import TEXT
-from cellvisor.ctl.client import Client
+from cellvisor.core.errors import Conflict, TryAgain
 from tests.native import cellvisor
 from tests.native.conftest import Vm
-from tests.native.guest import Running, make_disk, needs_kvm
+from tests.native.guest import needs_kvm
+from tests.native.hotplug import Steered, eventually, starting
 
 pytestmark = [pytest.mark.kvm, needs_kvm]
 
 
-class Steered:
-    """A running VM with a client; `disk` is the image to add."""
-
-    def __init__(self, vm: Vm, running: Running) -> None:
-        self.vm, self.running = vm, running
-        self.disk = make_disk(vm.where / "added.raw", 16 << 20)
-        self.directory = Path(cellvisor.runtime_dir(vm.where)) / "cellvisor"
-        self.client: Client = eventually(lambda: self.connect(self.directory), "the API")
-
-    def reconnect(self) -> None:
-        self.client.close()
-        self.client = eventually(lambda: self.connect(self.directory), "the next controlplane")
-
-    def connect(self, directory: Path) -> Client | None:
-        for name in directory.iterdir() if directory.exists() else ():
-            with suppress(CellvisorError):
-                client = Client(str(name), timeout=60)
-                try:
-                    client.call("ping")
-                    return client
-                except CellvisorError:
-                    client.close()
-        return None
-
-    def another_client(self) -> Client:
-        return Client(self.client.path, timeout=60)
-
-    def add(self, text: str = "", verb: str = "add-disk", **more: Any) -> dict[str, Any]:
-        options = f"path={self.disk},id=test0" if verb == "add-disk" and not text else text
-        answer = self.client.call(verb, **more, **{TEXT: options})
-        return {"id": answer["id"], "bdf": answer["bdf"]}
-
-    def remove(self, key: str = "test0", **more: Any) -> dict[str, Any]:
-        answer: dict[str, Any] = self.client.call("remove-device", id=key, **more)
-        return answer
-
-    def wait(self, key: str = "test0", timeout: float = 30) -> dict[str, Any]:
-        answer: dict[str, Any] = self.client.call("ops", action="wait", id=key, timeout=timeout)
-        return answer
-
-    def done(self, key: str = "test0") -> dict[str, Any]:
-        operation = self.wait(key)
-        assert operation["state"] == "done", (operation, self.running.text)
-        return operation
-
-    def devices(self) -> dict[str, dict[str, Any]]:
-        return {one["id"]: one for one in self.client.call("devices")["devices"]}
-
-    def operations(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self.client.call("ops", action="list")["operations"]
-        return found
-
-    def events(self, name: str) -> list[dict[str, Any]]:
-        return [one["properties"] for one in self.client.call("events")["events"] if one["event"] == name]
-
-    def processes(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self.client.call("info", processes=True)["processes"]
-        return found
-
-    def footprint(self) -> dict[str, int]:
-        """Count what must not grow, once it has settled: core lets a worker's last descriptors go when it has seen
-        its end, which may be after the answer."""
-        before, now = {}, self.count()
-        while before != now:
-            time.sleep(0.1)
-            before, now = now, self.count()
-        return now
-
-    def count(self) -> dict[str, int]:
-        """Count descriptors of each kind of process, mappings of core, processes, slots."""
-        counted = {"free slots": self.client.call("capacity")["slots"]["free"]}
-        for one in self.processes():
-            if one["role"] != "worker":
-                counted[f"{one['role']} fds"] = len(os.listdir(f"/proc/{one['pid']}/fd"))
-            counted[f"{one['role']}s"] = counted.get(f"{one['role']}s", 0) + 1
-            if one["role"] == "core":
-                maps = Path(f"/proc/{one['pid']}/maps").read_text()
-                counted["core memfd maps"] = maps.count("/memfd:")
-        return counted
-
-
-def eventually(condition: Callable[[], Any], what: str, timeout: float = 30) -> Any:
-    until = time.monotonic() + timeout
-    while not (found := condition()):
-        assert time.monotonic() < until, f"waited in vain for {what}"
-        time.sleep(0.02)
-    return found
-
-
 @pytest.fixture
 def start(vm: Vm) -> Iterator[Callable[..., Steered]]:
-    """Start the guest with `test=hotplug WORDS` and wait until it listens."""
-    made: list[Steered] = []
-
-    def begin(words: str = "", *, listening: bool = True, **options: Any) -> Steered:
-        running = vm.start(f"test=hotplug {words}", **{"console": "null", **options})
-        made.append(Steered(vm, running))
-        if listening:
-            running.wait_for("listening=1")
-        return made[-1]
-
-    yield begin
-    for steered in made:
-        steered.client.close()
+    """Start the guest of tests/guest/hotplug.c with some words."""
+    yield from starting(vm)
 
 
 def test_disk_comes_works_and_goes(start: Callable[..., Steered], disk: Path) -> None:
@@ -321,204 +217,6 @@ def test_a_reboot_keeps_slots_and_leaks_nothing(start: Callable[..., Steered], d
         vm.client.call("reset")
         assert vm.devices()["test0"]["slot"] == 7
     assert vm.footprint() == begun
-
-
-def test_31_slots_and_no_more(start: Callable[..., Steered]) -> None:
-    vm = start("insertions=29 removals=29")
-    added = [vm.add(verb="add-rng")["id"] for _ in range(29)]
-    with pytest.raises(Conflict, match="no free slot, all 31 are taken") as refused:
-        vm.add(verb="add-rng")
-    assert refused.value.status == 409
-    assert vm.client.call("capacity")["slots"] == {"total": 31, "free": 0, "next": None}
-    for key in added:
-        vm.done(key)
-    for key in added:
-        vm.remove(key)
-    for key in added[:-1]:
-        with suppress(NotFound):  # the guest powers off after the last one
-            vm.wait(key)
-    vm.running.finish().check()
-
-
-@pytest.mark.parametrize("text", ["id=same", "pci_device_id=20"])
-def test_two_clients_race_and_one_wins(start: Callable[..., Steered], text: str) -> None:
-    vm = start("removals=99 drive=0")
-    answers: list[object] = []
-    gate = threading.Barrier(4)
-
-    def run() -> None:
-        with vm.another_client() as client:
-            gate.wait(30)
-            try:
-                answers.append(client.call("add-rng", **{TEXT: text}))
-            except CellvisorError as error:
-                answers.append(error)
-
-    threads = [threading.Thread(target=run) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    losers = [one for one in answers if isinstance(one, Conflict) and one.status == 409]
-    assert (len(answers), len(losers)) == (4, 3), answers
-    assert len(vm.devices()) == 3
-
-
-@pytest.mark.parametrize(("text", "status", "message"), [
-    ("path=/nowhere/at/all", 400, "/nowhere/at/all"),
-    ("path={disk},id=_disk0", 409, "id=_disk0"),
-    ("path={disk},id=__x", 400, "id=__x"),
-    ("path={disk},pci_device_id=0", 400, "pci_device_id=0 is reserved"),
-    ("path={disk},pci_device_id=32", 400, "pci_device_id=32 is outside the range 0..32"),
-    ("path={disk},pci_device_id=2", 409, "Valid PCI device identifier but already used: 2"),
-    ("path={locked}", 400, "is in use by"),
-    ("path={odd}", 400, "odd.raw"),
-    ("path={disk},colour=red", 400, "colour"),
-    ("readonly=on", 400, "path"),
-])
-def test_bad_input_leaves_nothing_half_made(start: Callable[..., Steered], disk: Path, text: str, status: int,
-                                            message: str) -> None:
-    vm = start("removals=99", disks=[disk])
-    (vm.vm.where / "odd.raw").write_bytes(b"x" * 777)
-    before, devices = vm.footprint(), vm.devices()
-    text = text.format(disk=vm.disk, locked=disk, odd=vm.vm.where / "odd.raw")
-    with pytest.raises(CellvisorError) as refused:
-        vm.add(text)
-    assert refused.value.status == status
-    assert message in str(refused.value)
-    eventually(lambda: vm.footprint() == before, "everything to be released")
-    assert vm.devices() == devices
-    assert vm.add()["bdf"] == "0000:00:04.0"
-
-
-def test_unknown_devices_and_operations(start: Callable[..., Steered]) -> None:
-    vm = start()
-    with pytest.raises(NotFound, match="no device 'nope'"):
-        vm.remove("nope")
-    for action in ("show", "wait", "cancel"):
-        with pytest.raises(NotFound, match="no operation 'op77'"):
-            vm.client.call("ops", action=action, id="op77")
-        with pytest.raises(CellvisorError, match="id is missing"):
-            vm.client.call("ops", action=action)
-
-
-def test_taken_away_by_the_host_alone(start: Callable[..., Steered], disk: Path) -> None:
-    vm = start("deaf=1", disks=[disk])
-    vm.remove("_disk0", host_only=True)
-    assert vm.done("_disk0")["reason"] == "by force"
-    assert "_disk0" not in vm.devices()
-    # The guest may still believe in slot 2: nobody gets it until the guest lets go or is reset.
-    assert vm.client.call("validate", verb="add-rng")["bdf"] == "0000:00:04.0"
-    vm.client.call("reset")
-    eventually(lambda: vm.client.call("validate", verb="add-rng")["bdf"] == "0000:00:02.0", "the slot")
-
-
-@pytest.mark.parametrize("moment", ["added", "asked"])
-def test_a_worker_killed_between_the_steps(start: Callable[..., Steered], moment: str) -> None:
-    vm = start("removals=5 irq=poll")
-    for _ in range(5):
-        vm.add()
-        if moment == "added":
-            os.kill(vm.devices()["test0"]["pid"], signal.SIGKILL)
-        vm.done()
-        if moment == "asked":
-            vm.client.call("pause")
-            vm.remove()
-            os.kill(vm.devices()["test0"]["pid"], signal.SIGKILL)
-            vm.client.call("resume")
-        else:
-            vm.remove()
-        vm.done()
-    vm.running.finish().check()
-
-
-def test_a_parked_device_leaves_through_its_drain(start: Callable[..., Steered]) -> None:
-    vm = start("load=1 errors=1")
-    vm.add(f"path={vm.disk},id=test0,restart_budget=0")
-    vm.done()
-    time.sleep(0.2)
-    os.kill(vm.devices()["test0"]["pid"], signal.SIGKILL)
-    eventually(lambda: vm.devices()["test0"]["state"] == "parked", "the device to be given up")
-    vm.remove()
-    vm.done()
-    assert "failed.3=" in vm.running.finish().check().text  # what it waited for came back, as an error
-
-
-def test_a_controlplane_killed_between_the_steps(start: Callable[..., Steered]) -> None:
-    vm = start("removals=999 drive=0")
-    before = vm.footprint()
-    for turn in range(12):
-        verb = "add" if "test0" not in vm.devices() else "remove"
-        pilot = next(one["pid"] for one in vm.processes() if one["role"] == "controlplane")
-
-        def kill(pilot: int = pilot, delay: float = turn * 0.003) -> None:
-            time.sleep(delay)
-            os.kill(pilot, signal.SIGKILL)
-
-        thread = threading.Thread(target=kill)
-        thread.start()
-        with Client(vm.client.path, timeout=2) as client, suppress(CellvisorError):
-            if verb == "add":
-                client.call("add-disk", path=str(vm.disk), id="test0")
-            else:
-                client.call("remove-device", id="test0")
-        thread.join()
-        vm.reconnect()
-        for operation in vm.operations():
-            assert vm.wait(operation["id"])["state"] in ("done", "refused"), (turn, operation)
-        states = {key: (one["state"], one["plug"], one["wanted"]) for key, one in vm.devices().items()}
-        assert states.pop("test0", ("serving", "enumerated", True)) == ("serving", "enumerated", True), (turn, states)
-    if "test0" in vm.devices():
-        vm.remove()
-        vm.done()
-    after = vm.footprint()
-    assert {key: after[key] for key in ("free slots", "workers", "core memfd maps")} == {
-        key: before[key] for key in ("free slots", "workers", "core memfd maps")}
-
-
-def test_a_worker_killed_at_its_start_refuses_the_addition(start: Callable[..., Steered]) -> None:
-    vm = start("removals=99 drive=0")
-    before = vm.footprint()
-    outcomes: set[int] = set()
-    for turn in range(6):
-        stop = threading.Event()
-
-        def hunt(delay: float = turn * 0.002, stop: threading.Event = stop) -> None:
-            while not stop.is_set():
-                for one in vm_processes(vm):
-                    with suppress(ProcessLookupError):
-                        time.sleep(delay)
-                        os.kill(one, signal.SIGKILL)
-                        return
-
-        thread = threading.Thread(target=hunt)
-        thread.start()
-        try:
-            vm.add()
-            outcomes.add(200)
-        except CellvisorError as error:
-            outcomes.add(error.status)
-        stop.set()
-        thread.join(30)
-        if "test0" in vm.devices():
-            vm.done()
-            vm.remove()
-            vm.done()
-        eventually(lambda: vm.footprint() == before, "everything to be released")
-    assert outcomes <= {200, 400, 409}
-
-
-def vm_processes(vm: Steered) -> list[int]:
-    """Return the workers of test0, by the name that a worker gives itself."""
-    found = []
-    for name in os.listdir("/proc"):
-        if name.isdecimal():
-            with suppress(OSError):
-                if Path(f"/proc/{name}/comm").read_text().strip() == "cv-test0":
-                    environ = Path(f"/proc/{name}/environ").read_bytes()
-                    if cellvisor.runtime_dir(vm.vm.where).encode() in environ:
-                        found.append(int(name))
-    return found
 
 
 def test_the_command_line_shows_progress(start: Callable[..., Steered]) -> None:

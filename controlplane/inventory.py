@@ -46,6 +46,7 @@ class DeviceType:
     verb: str
     help: str
     schema: dict[str, Any] = field(hash=False)
+    reads: tuple[int, ...] = (1,)  # versions of saved state
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,10 @@ class Inventory:
             return self._devices[key]
         except KeyError:
             raise NotFound(f"no device {key[:80]!r}", hint=f"devices: {', '.join(self._devices)}") from None
+
+    def relearn(self, catalog: Catalog) -> None:
+        """Take devices of these types from now on."""
+        self._catalog = catalog
 
     def release(self, key: str) -> None:
         """Forget a device: its id and slot are free. Unknown ones are ignored."""

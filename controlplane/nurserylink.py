@@ -146,11 +146,12 @@ class NurseryLink:
 
 
 def parse_catalog(body: dict[str, Any]) -> Catalog:
-    """Read the nursery's catalog: {types: {name: {verb, help, schema}}, broken: {name: reason}}."""
+    """Read the nursery's catalog: {types: {name: {verb, help, schema, reads}}, broken: {name: reason}}."""
     types, broken = body.get("types"), body.get("broken")
     if not isinstance(types, dict):
         raise Internal(f"the nursery's catalog is {type(types).__name__}, not a map")
-    found = [DeviceType(str(name), str(entry.get("verb", "")), str(entry.get("help", "")), entry["schema"])
+    found = [DeviceType(str(name), str(entry.get("verb", "")), str(entry.get("help", "")), entry["schema"],
+                        tuple(entry.get("reads", (1,))))
              for name, entry in types.items()]
     return Catalog(tuple(found), broken if isinstance(broken, dict) else {})
 

@@ -34,7 +34,7 @@ class Entry:
     def as_wire(self) -> dict[str, Any]:
         """Describe the type as plain data."""
         return {"verb": self.cls.verb, "help": self.cls.help, "schema": describe(self.cls.Options),
-                "file": self.file}
+                "file": self.file, "reads": [int(version) for version in getattr(self.cls, "reads", (1,))]}
 
 
 @dataclass(slots=True)
@@ -54,7 +54,7 @@ class Catalog:
         return self.types[name]
 
     def as_wire(self) -> dict[str, Any]:
-        """Describe every type as plain data: {types: {name: {verb, help, schema, file}}, broken: {...}}."""
+        """Describe every type as plain data: {types: {name: {verb, help, schema, file, reads}}, broken: {...}}."""
         return {"types": {name: entry.as_wire() for name, entry in self.types.items()}, "broken": self.broken}
 
 

@@ -100,6 +100,7 @@ class DeviceBase:
 
     verb: ClassVar[str] = ""
     help: ClassVar[str] = ""
+    reads: ClassVar[tuple[int, ...]] = (1,)  # versions of what save() kept that this code understands: live upgrade
 
     def __init__(self, options: Any, host: Host) -> None:
         self.options = options

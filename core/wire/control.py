@@ -145,6 +145,7 @@ _TABLE = (
     Verb("add-virtio", "plug a device of any type", ObjectArgs, answers=True),
     Verb("remove-device", "have the guest give a device back, then end it", RemoveArgs, path="vm.remove-device"),
     Verb("restart-device", "start a new process for a parked device: what the guest waits for is done", DeviceArgs),
+    Verb("upgrade-device", "give a device (or all) the code that is on disk now, while the guest runs on", DeviceArgs),
     Verb("drain-device", "give a parked device up: all that is asked of it fails until the driver's reset", DeviceArgs),
     Verb("snapshot", "save the VM's state", path="vm.snapshot", ready=False),
     Verb("restore", "start from a saved state", path="vm.restore", ready=False),

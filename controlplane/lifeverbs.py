@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cellvisor.controlplane import vmconfig
@@ -41,6 +42,7 @@ class Life:
             if self._vm.state != "Empty":
                 raise Conflict("create: a VM was created already", hint="delete it first")
             self._vm.create(vmconfig.read(args))
+            await self._vm.require_core().keep_state()  # a successor knows what we answered
             self._vm.events.emit("vm.created")
         return {}
 
@@ -82,6 +84,7 @@ class Life:
             if self._vm.state != "Created":
                 await self._halt()
             self._vm.delete()
+            await self._ordered_otherwise()
             self._vm.events.emit("vm.deleted")
         return {"ends": False}
 
@@ -95,6 +98,12 @@ class Life:
         self._vm.state = "Shutdown"
         await self._vm.change(self._vm.renew())
         self._vm.state = "Created"
+        await self._ordered_otherwise()
+
+    async def _ordered_otherwise(self) -> None:
+        """From now on the flags' VM is not what a successor should boot."""
+        self._vm.flags = replace(self._vm.flags, payload=None)
+        await self._vm.require_core().keep_state()
 
     def _stays(self) -> bool:
         return self._vm.flags.api_socket is not None

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from cellvisor.controlplane.supervisor import Supervisor
 
 STDIO = ("stdin", "stdout", "stderr")
-LOCK, MONITOR = "lock", "monitor"
+LOCK, MONITOR, API_SOCKET = "lock", "monitor", "api-socket"
 STATES = {"created": "Created", "running": "Running", "paused": "Paused", "resetting": "Running",
           "stopped": "Shutdown", "crashed": "Shutdown"}
 
@@ -54,11 +54,16 @@ class Legacy:
 # ---- leaving
 
 
-def leave_descriptors(core: CoreLink, rundir: RunDir, monitor: Monitor | None) -> None:
-    """Give core what a successor cannot open again: the name's lock, our terminal or log, the event monitor."""
+def leave_descriptors(core: CoreLink, rundir: RunDir, monitor: Monitor | None, api_socket: str | None) -> None:
+    """Give core what a successor cannot open again: the name's lock, our terminal or log, the event monitor.
+
+    `api_socket` is `--api-socket`: one that was inherited as fd=N is among them.
+    """
     kept = {LOCK: rundir.lock_fd, **{name: fd for fd, name in enumerate(STDIO)}}
     if monitor is not None:
         kept[MONITOR] = monitor.fileno()
+    if api_socket is not None and api_socket.startswith("fd="):
+        kept[API_SOCKET] = int(api_socket[3:])
     for name, fd in kept.items():
         with contextlib.suppress(OSError):  # closed by who started us
             os.fstat(fd)
@@ -108,6 +113,9 @@ async def take_over(rundir: RunDir, began: int, *, stdio: bool) -> Legacy:
         if lock is not None:
             rundir.inherit(lock)
         monitor = core.stored(OURS, MONITOR)
+        listener = core.stored(OURS, API_SOCKET)
+        if listener is not None:
+            found = replace(found, flags=replace(found.flags, api_socket=f"fd={listener}"))
         for number, name in enumerate(STDIO if stdio else ()):
             fd = core.stored(OURS, name)
             if fd is not None:

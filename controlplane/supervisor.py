@@ -160,7 +160,7 @@ class Supervisor:
         core.serve(self.on_core_event, self.record)
         if self.rundir.generation > 1:
             await core.request(CoreVerb.INFO)  # a fresh core takes a successor for a stranger until it speaks
-        adopt.leave_descriptors(core, self.rundir, self.monitor)
+        adopt.leave_descriptors(core, self.rundir, self.monitor, self.flags.api_socket)
         await core.keep_state()  # from here on core outlives us
         await self.nurseries.open(0, self._nursery_child)
 

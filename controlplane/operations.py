@@ -81,8 +81,8 @@ class Operations:
         operation = Operation(f"op{self._count}", verb, device, bdf)
         self._kept[operation.id] = operation
         if len(self._kept) > KEPT:
-            old = next((one.id for one in self._kept.values() if one.is_over), operation.id)
-            self._kept.pop(old)
+            old = next((one.id for one in self._kept.values() if one.is_over), "")
+            self._kept.pop(old, None)
         self._tell(operation)
         return operation
 

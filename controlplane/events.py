@@ -87,8 +87,9 @@ class Monitor:
         """Append one record."""
         secs, nanos = divmod(time.monotonic_ns() - self._began, 10**9)
         source, name = _source(event.name)
+        named = {"id": event.properties["device"]} if "device" in event.properties else {}  # as Cloud Hypervisor has it
         record = {"timestamp": {"secs": secs, "nanos": nanos}, "source": source, "event": name,
-                  "properties": event.properties}
+                  "properties": {**named, **event.properties}}
         with contextlib.suppress(OSError):
             os.write(self._fd, json.dumps(record, indent=2, default=str).encode() + b"\n\n")
 

@@ -20,8 +20,8 @@ _NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {})
 # Keys that cellvisor has no use for, with the values that ask for nothing.
 _LATER: Mapping[str, tuple[Any, ...]] = dict.fromkeys((
     "rate_limit_groups", "net", "balloon", "fs", "generic_vhost_user", "pmem", "devices", "user_devices", "vdpa",
-    "vsock", "pvpanic", "iommu", "numa", "watchdog", "rtc", "gdb", "pci_segments", "platform", "tpm",
-    "landlock_enable", "landlock_rules", "ivshmem"), _NOTHING) | {"debug_console": (*_NOTHING, {"mode": "Off"})}
+    "vsock", "debug_console", "pvpanic", "iommu", "numa", "watchdog", "rtc", "gdb", "pci_segments", "platform", "tpm",
+    "landlock_enable", "landlock_rules", "ivshmem"), _NOTHING)
 _CPUS_LATER: Mapping[str, tuple[Any, ...]] = {
     "topology": _NOTHING, "kvm_hyperv": _NOTHING, "max_phys_bits": (None, 46), "affinity": _NOTHING,
     "features": (*_NOTHING, {"amx": False}), "nested": (None, True), "core_scheduling": (None, "Off", "Vm"),
@@ -97,7 +97,8 @@ def _known(given: Mapping[str, Any], known: tuple[str, ...], later: Mapping[str,
            what: str) -> dict[str, Any]:
     """Return what is given of `known`. Raises UsageError for anything else that asks for something."""
     for key, value in given.items():
-        if key in later and not any(value == fine and type(value) is type(fine) for fine in later[key]):
+        off = isinstance(value, dict) and value.get("mode") == "Off"  # as a debug console may say
+        if key in later and not off and not any(value == fine and type(value) is type(fine) for fine in later[key]):
             raise UsageError(f"{what}: {key} is not supported yet", code="not-supported")
         if key not in known and key not in later:
             import difflib

@@ -94,8 +94,8 @@ def test_refusals_name_the_key(kernel: str, change: dict[str, Any], message: str
 
 
 KEYS = st.sampled_from(["cpus", "memory", "payload", "serial", "console", "rng", "disks", "virtio", "net", "mode",
-                        "type", "boot_vcpus", "size", "kernel", "initramfs", "cmdline", "id", "file", "rate_limiter_config",
-                        "bandwidth"]) | st.text(max_size=8)
+                        "type", "boot_vcpus", "size", "kernel", "initramfs", "cmdline", "id", "file",
+                        "rate_limiter_config", "bandwidth"]) | st.text(max_size=8)
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-2**64, 2**64) | st.floats() | st.text(max_size=8) | st.just("Pty"),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=12)

@@ -66,6 +66,8 @@ class Upgrade:
                     nurseries.present = number
                     self._vm.inventory.relearn(nurseries.catalog(number))
             finally:
+                known = self._vm.inventory.devices
+                nurseries.homes = {device: home for device, home in nurseries.homes.items() if device in known}
                 nurseries.tidy()
                 self._vm.changed()
             if failed:
@@ -84,10 +86,10 @@ class Upgrade:
         return sorted(devices.values(), key=lambda device: device.slot)
 
     async def _upgrade(self, fleet: Fleet, device: Device, number: int) -> dict[str, Any]:
-        core, homes = self._vm.require_core(), self._vm.nurseries.homes
+        core, nurseries = self._vm.require_core(), self._vm.nurseries
         old = fleet.get(device.id)
         if old.is_parked:
-            homes[device.id] = number
+            nurseries.homes[device.id] = number
             new = await fleet.revive(device.id)
             return {"id": device.id, "generation": new.generation, "pid": new.pid, "ms": 0.0}
         if old.state is not State.SERVING:
@@ -105,11 +107,11 @@ class Upgrade:
         fleet.relieve(old)
         await core.request(CoreVerb.RELEASE, device=device.id)
         await _gone(old)
-        home, homes[device.id] = homes.get(device.id, self._vm.nurseries.present), number
+        home, nurseries.homes[device.id] = nurseries.homes.get(device.id, nurseries.present), number
         try:
             new = await self._start(fleet, device)
         except (CellvisorError, TimeoutError) as error:
-            homes[device.id] = home
+            nurseries.homes[device.id] = home
             await self._start(fleet, device)
             raise Conflict(f"{device.id}: the new code cannot serve: {error or 'not ready in time'}",
                            hint="the old code serves again", code="upgrade-failed") from None

@@ -1,9 +1,11 @@
 """A controlplane that kills itself at a step. `CRASH_PLAN` names a file; each controlplane takes its first line:
 
-    before N    SIGKILL instead of step N (from 0)
-    during N    SIGKILL a moment after step N was begun, its answer may have come or not
-    never       nothing
-Steps are: a process started, descriptors left in core, a request to core, a nursery opened, a worker forked.
+    before N         SIGKILL instead of step N (from 0)
+    during N         SIGKILL a moment after step N was begun, its answer may have come or not
+    before NAME N    the same, counting only steps of that name
+    never            nothing
+Steps are: a process started (core, nursery), descriptors left in core (leave_descriptors), a request to core (its
+verb), a nursery opened (open), a worker forked (spawn).
 """
 
 from __future__ import annotations
@@ -28,10 +30,12 @@ DURING_SECONDS = 0.001
 class Crash:
     """Counts steps and dies at one."""
 
-    def __init__(self, when: str, number: int) -> None:
-        self._when, self._number, self._count = when, number, 0
+    def __init__(self, when: str, name: str, number: int) -> None:
+        self._when, self._name, self._number, self._count = when, name, number, 0
 
-    def _is_now(self) -> bool:
+    def _is_now(self, name: str) -> bool:
+        if self._name not in ("", name):
+            return False
         self._count += 1
         return self._count - 1 == self._number
 
@@ -40,7 +44,7 @@ class Crash:
 
     def sync(self, step: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **more: Any) -> Any:
-            now = self._is_now()
+            now = self._is_now(step.__name__)
             if now and self._when == "before":
                 self._die()
             result = step(*args, **more)
@@ -51,7 +55,7 @@ class Crash:
 
     def awaited(self, step: Callable[..., Any]) -> Callable[..., Any]:
         async def wrapped(*args: Any, **more: Any) -> Any:
-            now = self._is_now()
+            now = self._is_now(str(args[1]) if step.__name__ == "request" else step.__name__)
             if now and self._when == "before":
                 self._die()
             if now and self._when == "during":
@@ -76,8 +80,8 @@ def take_line(plan: Path) -> str:
 
 
 if __name__ == "__main__":
-    when, _, number = take_line(Path(os.environ["CRASH_PLAN"])).partition(" ")
-    if number:
-        Crash(when, int(number)).arm()
+    words = take_line(Path(os.environ["CRASH_PLAN"])).split()
+    if len(words) > 1:
+        Crash(words[0], " ".join(words[1:-1]), int(words[-1])).arm()
     sys.exit(main(programs=processes.Programs(successor=(sys.executable, os.path.abspath(__file__), "adopt",
                                                          "--as-successor"))))

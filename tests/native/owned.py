@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -127,7 +129,7 @@ class OwnedVm:
         """
         text = self.running.text
         until = time.monotonic() + seconds
-        while "\nresult=" not in text and time.monotonic() < until:
+        while not re.search(r"\nresult=.*\n", text) and time.monotonic() < until:
             time.sleep(0.02)
             text = self.running.text
         result = parse(text, None, self._log())
@@ -155,6 +157,4 @@ class OwnedVm:
             if not self.processes():
                 break
             time.sleep(0.1)
-        import shutil
-
         shutil.rmtree(self.runtime, ignore_errors=True)

@@ -78,6 +78,12 @@ class Fleet:
         before = self._latest.get(device.id)
         if before is not None and before.is_alive:
             raise Conflict(f"{device.id}: generation {before.generation} is alive")
+        if before is not None and before.pidfd >= 0:  # whatever it is: never two processes on one ring
+            kill_pidfd(before.pidfd)
+            await wait_pidfd(before.pidfd)
+            before.close()
+            if self._latest.get(device.id) is not before:
+                raise Conflict(f"{device.id}: somebody else starts it")
         last = before.generation if before else self._used.get(device.id, 0)
         one = Incarnation(device, last + 1, os.urandom(16).hex(), self._loop.create_future(),
                           served=before is not None and before.served, drains=drains)
@@ -141,6 +147,17 @@ class Fleet:
         self._budget(device).inherit(life.restarts)
         self._watch(one)
         return one
+
+    def get(self, device_id: str) -> Incarnation:
+        """Return the latest incarnation of a device. Raises NotFound."""
+        one = self._latest.get(device_id)
+        if one is None:
+            raise NotFound(f"no device {device_id[:80]!r}", hint="see `cellvisor devices`")
+        return one
+
+    def relieve(self, one: Incarnation) -> None:
+        """Its end is wanted: no successor follows by itself."""
+        one.state = State.ENDED
 
     def forget(self, device_id: str) -> None:
         """The latest incarnation ended without having served: the next one is started by who says so."""
@@ -235,11 +252,14 @@ class Fleet:
             self._park(one)
             return
         one.state = State.DEAD
+        self._died_at.setdefault(one.device.id, time.monotonic())
+        self._later(self._replace(one, delay))
+        self._loop.call_soon(self._tell_death, one)  # the guest waits: its successor first
+
+    def _tell_death(self, one: Incarnation) -> None:
         log.get("fleet").warning("%s/%d died: %s: starting its successor", one.device.id, one.generation, one.reason)
         self._events.emit("device.died", device=one.device.id, generation=one.generation, pid=one.pid,
                           reason=one.reason)
-        self._died_at.setdefault(one.device.id, time.monotonic())
-        self._later(self._replace(one, delay))
 
     def _later(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)

@@ -111,7 +111,7 @@ class Verbs:
                 "plug": (seen.get(device.id) or {}).get("plug", "unplugged")}
             one = workers.get(device.id)
             if one is not None:
-                entry |= {"state": str(one.state), "pid": one.pid if one.is_alive else None,
+                entry |= {"state": str(one.state), "pid": (one.pid or None) if one.is_alive else None,
                           "generation": one.generation, "reason": one.reason}
             listed.append(entry | {"core": seen.get(device.id)})
         return {"devices": listed}

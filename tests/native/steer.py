@@ -39,7 +39,9 @@ class Steer:
     def signal(self, kind: str = "blk", number: int = signal.SIGKILL) -> int:
         """Send a signal to a device's process and return its pid; events from now on count for wait()."""
         self.mark()
-        pid = int(self.device(kind)["pid"])
+        end = time.monotonic() + SECONDS
+        while not (pid := int(self.device(kind)["pid"] or 0)):
+            assert time.monotonic() < end, f"nobody serves the {kind}"
         os.kill(pid, number)
         return pid
 

@@ -113,6 +113,25 @@ def test_a_machine_reset_during_recovery(vm: Vm, disk: Path) -> None:
     assert said.text.count("test=blk-write") == 4
 
 
+def test_a_driver_s_reset_while_nobody_serves(vm: Vm, disk: Path, tmp_path: Path) -> None:
+    """Its status stays non-zero until a successor, past the fence, has taken the reset over."""
+    status = "1.common+20"
+    script = tmp_path / "script"
+    script.write_text(f"test blk-info\nsay ready\nsleep 1000000\nw8 {status} 0\nr8 {status}\nunlike 0\nsay waiting\n"
+                      f"wait8 {status} 0xff 0 20000\nsay reset\ntest blk-info\n")
+    with steer(vm, "test=script", initramfs=script, disks=[f"path={disk}"]) as vmm:
+        vmm.running.wait_for("say=ready")
+        nursery = vmm.pid("nursery")
+        os.kill(nursery, signal.SIGSTOP)
+        try:
+            vmm.signal("blk")
+            assert "say=reset" not in vmm.running.wait_for("say=waiting")
+        finally:
+            os.kill(nursery, signal.SIGCONT)
+        vmm.running.wait_for("say=reset")
+        vmm.running.finish().check()
+
+
 def test_an_rng_that_is_killed(vm: Vm) -> None:
     with steer(vm, "test=rng bytes=100M bs=4096", extra=["--rng", f"src=/dev/urandom,{OFTEN}"]) as vmm:
         kill_often(vmm, "rng", 8, seed=2)

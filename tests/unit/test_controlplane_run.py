@@ -173,22 +173,30 @@ def test_a_deaf_core_is_killed(start: Start, tmp_path: Path) -> None:
         assert finish(process, tmp_path)[0] == 0
 
 
-def test_a_dead_worker_is_an_event_and_the_vm_goes_on(start: Start, tmp_path: Path) -> None:
-    process = start("--disk", "path=a")
+def test_a_dead_worker_is_replaced_and_parked_when_its_budget_is_spent(start: Start, tmp_path: Path) -> None:
+    process = start("--disk", "path=a,restart_budget=1")
     with running() as client:
-        disk = next(one for one in client.call("devices")["devices"] if one["id"] == "_disk0")
-        assert disk["state"] == "serving"
-        os.kill(disk["pid"], signal.SIGKILL)
-        event = next(event for event in client.events() if event["event"] == "device.failed")
-        assert event["properties"] == {"device": "_disk0", "generation": 1, "pid": disk["pid"],
-                                       "reason": "killed by SIGKILL"}
+        first = next(one for one in client.call("devices")["devices"] if one["id"] == "_disk0")
+        assert first["state"] == "serving"
+        os.kill(first["pid"], signal.SIGKILL)
+        event = next(event for event in client.events() if event["event"] == "device.restarted")
+        assert event["properties"]["generation"] == 2
+        second = wait_for(lambda: next(one["pid"] for one in client.call("devices")["devices"] if one["id"] == "_disk0"),
+                          "its successor")
+        os.kill(second, signal.SIGKILL)
+        event = next(event for event in client.events() if event["event"] == "device.parked")
+        assert event["properties"]["reason"] == "killed by SIGKILL"
         after = {one["id"]: one["state"] for one in client.call("devices")["devices"]}
-        assert after == {"__console": "serving", "_disk0": "failed", "__rng": "serving"}
+        assert after == {"__console": "serving", "_disk0": "parked", "__rng": "serving"}
         assert client.call("info")["state"] == "Running"
+        client.call("restart-device", id="_disk0")
+        assert "serving" in {one["state"] for one in client.call("devices")["devices"] if one["id"] == "_disk0"}
+        with pytest.raises(Conflict, match="not parked"):
+            client.call("drain-device", id="_disk0")
         client.call("shutdown")
     status, err = finish(process, tmp_path)
     assert status == 0
-    assert "ERROR _disk0 failed: killed by SIGKILL" in err
+    assert "ERROR _disk0 parked: killed by SIGKILL" in err
 
 
 def test_a_dead_nursery_is_an_event_and_the_vm_goes_on(start: Start, tmp_path: Path) -> None:
@@ -217,7 +225,7 @@ def test_verbs(start: Start, tmp_path: Path) -> None:
         client.call("reboot")
         client.call("power-button")
         with pytest.raises(UsageError, match="not supported yet"):
-            client.call("add-disk", path="x")
+            client.call("snapshot")
         with pytest.raises(UsageError, match="did you mean pause"):
             client.call("puase")
         client.call("shutdown")

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import pytest
 
+from cellvisor.controlplane import fleet as module
 from cellvisor.controlplane.corelink import CoreLink
 from cellvisor.controlplane.events import EventLog
 from cellvisor.controlplane.fleet import Fleet, Incarnation
@@ -306,6 +307,43 @@ def test_a_start_that_fails_parks_and_can_be_repeated() -> None:
         await reviving
 
     play(scene)
+
+
+def test_a_successor_that_does_not_come_up_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(vm: Vm) -> None:
+        vm.exited(-signal.SIGKILL)
+        await vm.until(3)
+        reasons = [event.properties["reason"] for event in vm.events.since(0) if event.name == "device.died"]
+        assert reasons[1] == "did not come up within 0.05 s"
+
+    monkeypatch.setattr(module, "START_TIMEOUT", 0.05)
+    play(scene)
+
+
+def test_an_adopted_drain_process_never_meets_a_successor() -> None:
+    async def run() -> None:
+        old, new = Vm(), Vm()
+        old.say("ready")
+        await old.fleet.start(old.device)
+        old.say("ready")
+        old.exited(-signal.SIGKILL)
+        await old.until(2)
+        old.latest().drains = True
+        old.say("ready")
+        life = old.fleet.lives()["data"]
+        assert life.parked
+        pidfd = os.pidfd_open(old.processes[1].pid)
+        new.attached = list(old.attached)
+        new.fleet.take_over(new.device, life, pid=old.processes[1].pid, pidfd=pidfd, serving=True)
+        reviving = asyncio.create_task(new.fleet.revive("data"))
+        await new.until(1)
+        assert old.processes[1].wait(0) == -signal.SIGKILL
+        new.say("ready")
+        assert (await reviving).generation == 3
+        old.close()
+        new.close()
+
+    asyncio.run(run())
 
 
 def test_back_off_is_for_deaths_in_a_row() -> None:

@@ -278,6 +278,7 @@ static void run_load(bool bench, bool dry)
         prepare_load(&loads[i], i, queues, span / size, bench);
     print("queues=%u\ndepth=%u\nbs=%lu\nspan=%lu\nfeatures=0x%lx\n", queues, loads[0].depth, size, span,
           blk.virtio.features);
+    stopped = false;
     uint64_t begin = rdtsc(), duration = param_number("duration_ms", 0);
     for (unsigned i = 0; i < queues; i++)
         loads[i].deadline = duration ? begin + ns_to_tsc(duration * 1000000) : 0;

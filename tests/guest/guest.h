@@ -20,6 +20,9 @@ uint64_t number(const char *text, const char **end);
 
 /* params.c: key=value words of the command line. */
 void params_init(const char *cmdline);
+/* Have "key=value:key=value" win until params_pop(what this returned); one level. */
+unsigned params_push(const char *words, size_t length);
+void params_pop(unsigned before);
 const char *param(const char *key, const char *missing);
 uint64_t param_number(const char *key, uint64_t missing);
 bool param_is(const char *key, const char *value);

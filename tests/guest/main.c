@@ -17,11 +17,16 @@ void guest_main(void);
 
 void run_test(const char *name, size_t length)
 {
+    size_t end = 0;
+    while (end < length && name[end] != ':')
+        end++;
     for (unsigned i = 0; i < ARRAY_SIZE(tests); i++)
-        if (strlen(tests[i].name) == length && !memcmp(tests[i].name, name, length)) {
+        if (strlen(tests[i].name) == end && !memcmp(tests[i].name, name, end)) {
             uint64_t begin = now_ns();
             print("test=%s\n", tests[i].name);
+            unsigned before = params_push(name + end, length - end);
             tests[i].run();
+            params_pop(before);
             print("test.us=%lu\n", (now_ns() - begin) / 1000);
             return;
         }

@@ -6,20 +6,17 @@ static const char *keys[128];
 static const char *values[128];
 static unsigned count;
 
-void params_init(const char *cmdline)
+/* Take key=value words that are separated by `separator`, in place; later ones win. */
+static void take(char *at, char separator)
 {
-    size_t length = strlen(cmdline);
-    if (length >= sizeof text)
-        length = sizeof text - 1;
-    memcpy(text, cmdline, length);
-    for (char *at = text; *at && count < ARRAY_SIZE(keys);) {
-        while (*at == ' ' || *at == '\n')
+    while (*at && count < ARRAY_SIZE(keys)) {
+        while (*at == separator || *at == '\n')
             *at++ = 0;
         if (!*at)
             break;
         keys[count] = at;
         values[count] = NULL;
-        for (; *at && *at != ' ' && *at != '\n'; at++)
+        for (; *at && *at != separator && *at != '\n'; at++)
             if (*at == '=' && !values[count]) {
                 *at = 0;
                 values[count] = at + 1;
@@ -29,6 +26,28 @@ void params_init(const char *cmdline)
         count++;
     }
 }
+
+void params_init(const char *cmdline)
+{
+    size_t length = strlen(cmdline);
+    if (length >= sizeof text)
+        length = sizeof text - 1;
+    memcpy(text, cmdline, length);
+    take(text, ' ');
+}
+
+unsigned params_push(const char *words, size_t length)
+{
+    static char pushed[256];
+    unsigned before = count;
+    require(length < sizeof pushed, "%lu bytes of parameters of one test", length);
+    memcpy(pushed, words, length);
+    pushed[length] = 0;
+    take(pushed, ':');
+    return before;
+}
+
+void params_pop(unsigned before) { count = before; }
 
 const char *param(const char *key, const char *missing)
 {

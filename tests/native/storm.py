@@ -63,14 +63,18 @@ class Children:
 
 
 class Storm:
-    """Kills the process `pid`, a child of `nursery`, and whoever follows it there. `alive` is asked while waiting."""
+    """Kills the process `pid`, a child of `nursery`, and whoever follows it there. `alive` tells of the VM.
 
-    def __init__(self, nursery: int, pid: int, seed: int, alive: Callable[[], bool], *, longest: float = 0.15) -> None:
+    A share of `early` is killed within 20 ms, the others after `shortest` to `longest` seconds.
+    """
+
+    def __init__(self, nursery: int, pid: int, seed: int, alive: Callable[[], bool], *, early: float = EARLY,
+                 shortest: float = 0.02, longest: float = 0.15) -> None:
         self._children = Children(nursery)
         self._others = set(self._children.pids()) - {pid}
         self._random = random.Random(seed)
         self._alive = alive
-        self._longest = longest
+        self._early, self._shortest, self._longest = early, shortest, longest
         self._last = 0
 
     def blow(self, kills: int) -> Iterator[int]:
@@ -79,8 +83,9 @@ class Storm:
             pid = self._next()
             if not pid:
                 return
-            early = self._random.random() < EARLY
-            time.sleep(self._random.uniform(0.0, 0.02) if early else self._random.uniform(0.02, self._longest))
+            early = self._random.random() < self._early
+            between = (0.0, 0.02) if early else (self._shortest, self._longest)
+            time.sleep(self._random.uniform(*between))
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:

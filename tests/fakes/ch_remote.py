@@ -21,8 +21,12 @@ class Failed(Exception):
 def connect(path: str) -> socket.socket:
     """Connect as it does: once per command."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    sock.settimeout(30)
-    sock.connect(path)
+    try:
+        sock.settimeout(30)
+        sock.connect(path)
+    except BaseException:
+        sock.close()
+        raise
     return sock
 
 

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from cellvisor.controlplane.inventory import SLOTS, Wanted
+from cellvisor.controlplane.vmconfig import flat
 from cellvisor.core.errors import UsageError
 from cellvisor.core.wire.control import TEXT
 
@@ -71,7 +72,7 @@ def wanted(verb: str, args: Mapping[str, Any]) -> Wanted:
             raise UsageError(f"{verb}: type={str(kind)[:40]!r} is not the name of a device type",
                              hint="see cellvisor run --help, --device-type")
     if TEXT not in options:
-        return Wanted(verb, kind, by_verb=by_verb, body=options)
+        return Wanted(verb, kind, by_verb=by_verb, body=flat(options))
     text = options.pop(TEXT)
     if options or not isinstance(text, str):
         raise UsageError(f"{verb}: options are either text or keys")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cellvisor.ctl import render
-from tests.bench import blk, process, recovery, steady
+from tests.bench import blk, hotplug, process, recovery, steady
 from tests.bench.effort import QUICK, Effort, Place
 from tests.bench.figures import Row
 from tests.native.guest import HAVE_KVM
@@ -32,6 +32,7 @@ SECTIONS: dict[str, tuple[Measure, Rows]] = {
     "memory": (process.memory, process.memory_rows),
     "boot": (process.boot, process.boot_rows),
     "steady": (steady.steady, steady.steady_rows),
+    "hotplug": (hotplug.hotplug, hotplug.hotplug_rows),
     "kills": (recovery.kills, recovery.kills_rows),
     "blk": (blk.compare, blk.compare_rows),
 }

@@ -108,8 +108,8 @@ def test_disk_hotplug(tmp_path: Path) -> None:
         assert "06" in slots(guest)
         disk = disk_in(guest, 6)
         assert int(guest.run(f"cat /sys/block/{disk}/size")) * 512 == 16 * MIB
-        assert "16777216 bytes" in guest.run(f"dd if=/dev/{disk} of=/dev/null bs=1M 2>&1")
-        assert guest.try_run(f"dd if=/dev/zero of=/dev/{disk} bs=4k count=1 oflag=direct").status != 0
+        assert "16+0 records out" in guest.run(f"dd if=/dev/{disk} of=/dev/null bs=1M 2>&1")
+        assert guest.try_run(f"dd if=/dev/zero of=/dev/{disk} bs=4k count=1 conv=fsync").status != 0
         remove(client, "test0")
         assert "06" not in slots(guest)
         assert guest.try_run(f"test -e /sys/block/{disk}").status != 0
@@ -160,7 +160,7 @@ def test_hotplug_loops(tmp_path: Path) -> None:
         for turn in range(10):
             assert add(client, path=str(image), id="test0")["bdf"] == "0000:00:06.0", turn
             disk = disk_in(guest, 6)
-            guest.run(f"dd if=/dev/zero of=/dev/{disk} bs=64k count=2 oflag=direct 2>/dev/null")
+            guest.run(f"dd if=/dev/zero of=/dev/{disk} bs=64k count=2 conv=fsync 2>/dev/null")
             remove(client, "test0")
         assert slots(guest) == ["00", "01", "02", "03", "04", "05"]
         assert guest.run("dmesg | grep -ciE 'acpi.*error|warning:|bug:' || true").strip() == "0"
@@ -171,7 +171,7 @@ def test_hotplug_under_load(tmp_path: Path) -> None:
     with usual(tmp_path) as guest, client_of(guest) as client:
         add(client, path=str(image), id="test0")
         disk = disk_in(guest, 6)
-        guest.run(f"(while dd if=/dev/zero of=/dev/{disk} bs=64k count=64 oflag=direct; do :; done) >/dev/null 2>&1 &")
+        guest.run(f"(while dd if=/dev/zero of=/dev/{disk} bs=64k count=64 conv=fsync; do :; done) >/dev/null 2>&1 &")
         time.sleep(1)
         remove(client, "test0")
         assert "06" not in slots(guest)
@@ -184,7 +184,7 @@ def test_hotplug_of_a_parked_device(tmp_path: Path) -> None:
     with usual(tmp_path) as guest, client_of(guest) as client:
         add(client, path=str(image), id="test0", restart_budget=0)
         disk = disk_in(guest, 6)
-        guest.run(f"(while dd if=/dev/zero of=/dev/{disk} bs=64k count=64 oflag=direct; do :; done) >/dev/null 2>&1 &")
+        guest.run(f"(while dd if=/dev/zero of=/dev/{disk} bs=64k count=64 conv=fsync; do :; done) >/dev/null 2>&1 &")
         time.sleep(1)
         worker = next(one["pid"] for one in client.call("devices")["devices"] if one["id"] == "test0")
         os.kill(worker, signal.SIGKILL)

@@ -35,6 +35,7 @@ SECTIONS: dict[str, tuple[Measure, Rows]] = {
     "hotplug": (hotplug.hotplug, hotplug.hotplug_rows),
     "serve": (serve.serve, serve.serve_rows),
     "kills": (recovery.kills, recovery.kills_rows),
+    "upgrades": (recovery.upgrades, recovery.upgrades_rows),
     "blk": (blk.compare, blk.compare_rows),
 }
 

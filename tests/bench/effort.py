@@ -22,6 +22,7 @@ class Effort:
     """Numbers of samples. `cell_ms` is how long one load of the comparison runs, `rounds` how often all do."""
 
     kills: int = 250
+    upgrades: int = 8
     forks: int = 60
     boots: int = 10
     workers: tuple[int, ...] = (1, 8, 30)
@@ -33,7 +34,7 @@ class Effort:
     seconds: float = 100.0  # after which the comparison begins no further round
 
 
-QUICK = Effort(kills=30, forks=15, boots=3, workers=(1, 8), requests=2000, steady_depths=(32,), cell_ms=60,
+QUICK = Effort(kills=30, upgrades=2, forks=15, boots=3, workers=(1, 8), requests=2000, steady_depths=(32,), cell_ms=60,
                rounds=2, seconds=15.0)
 
 

@@ -1,4 +1,4 @@
-"""How long a guest waits when its disk's process is killed under load: kill → first completion again."""
+"""How long a guest waits when its disk's process is killed, or upgraded, under load."""
 
 from __future__ import annotations
 
@@ -45,3 +45,28 @@ def kills_rows(found: dict[str, Any]) -> list[Row]:
     return [Row("kill → first completion again, in the guest", *show_times(found["stall_ms"]),
                 f"{found['kills']} kills, {found['requests']} requests, {found['errors']} errors"),
             Row("death noticed → successor ready", *show_times(found["restart_ms"]))]
+
+
+def upgrades(effort: Effort, place: Place) -> dict[str, Any]:
+    """Give the disk new code while it serves writes at depth 32; the stalls are the guest's."""
+    disk = make_disk(place.where / "upgraded.raw")
+    took = []
+    with place.steer(f"{LOAD} seed={SEED}", disks=[disk]) as vmm:
+        vmm.running.wait_for("features=")
+        name = vmm.device()["id"]
+        for number in range(effort.upgrades):
+            place.tell(f"upgrade {number + 1} of {effort.upgrades}")
+            took += [one["ms"] for one in vmm.client.call("upgrade-device", id=name)["upgraded"]]
+        stop_load(disk)
+        said = vmm.running.finish()
+    if not said.ok:
+        raise RuntimeError(f"the guest: {said.reason or 'no result'}\n{said.stderr[-1000:]}")
+    return {"upgrades": effort.upgrades, "stall_ms": summary(longest_stalls(said, effort.upgrades)),
+            "pause_ms": summary(took), "requests": said.number("requests"), "errors": said.number("errors")}
+
+
+def upgrades_rows(found: dict[str, Any]) -> list[Row]:
+    """Show it."""
+    return [Row("live upgrade: longest stall, in the guest", *show_times(found["stall_ms"]),
+                f"{found['upgrades']} upgrades, {found['requests']} requests, {found['errors']} errors"),
+            Row("live upgrade: old one quiet → new one ready", *show_times(found["pause_ms"]))]

@@ -66,6 +66,11 @@ class Api:
         self._socket.close()
         self._publisher.close()
 
+    def release(self) -> None:
+        """Let the HTTP socket go: who waits for our end watches it, so that is the last thing."""
+        if self._http is not None:
+            self._http.release()
+
     def _publish(self, event: Event) -> None:
         with contextlib.suppress(zmq.ZMQError):  # closed already, at the very end
             self._publisher.send_multipart([event.name.encode(), pack(event.as_wire())], zmq.NOBLOCK)

@@ -336,6 +336,8 @@ class Supervisor:
                 child.close()
         self.terminal.restore()
         self.rundir.remove()
+        if self._api is not None:
+            self._api.release()
         os._exit(128 + number)
 
     # ---- what the VM costs
@@ -372,6 +374,8 @@ class Supervisor:
             self.monitor.close()
         self.terminal.restore()
         self.rundir.remove()
+        if self._api is not None:
+            self._api.release()
 
     async def _end_machine(self) -> None:
         if self.core_child.pidfd >= 0:

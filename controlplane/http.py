@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import socket
 import time
@@ -41,6 +42,7 @@ class HttpApi:
         self._listener, self._path, self._desk = listener, path, desk
         self._loop = asyncio.get_running_loop()
         self._open: dict[asyncio.Task[None], Client] = {}
+        self._is_closed = False
         self._loop.add_reader(listener.fileno(), self._accept)
 
     def _accept(self) -> None:
@@ -60,10 +62,14 @@ class HttpApi:
             client = Client(Wire(sock), self._desk)
             task = self._loop.create_task(client.serve())
             self._open[task] = client
-            task.add_done_callback(lambda done: self._open.pop(done, None))
+            task.add_done_callback(functools.partial(self._ended, client))
+
+    def _ended(self, client: Client, task: asyncio.Task[None]) -> None:
+        self._open.pop(task, None)
+        client.close()  # here, not in the task: one that is cancelled before its first step never ran
 
     def _listen_again(self) -> None:
-        if self._listener.fileno() >= 0:
+        if not self._is_closed:
             self._loop.add_reader(self._listener.fileno(), self._accept)
 
     def _evict(self) -> bool:
@@ -76,14 +82,17 @@ class HttpApi:
         task.cancel()
         return True
 
-    async def close(self) -> None:
-        """Answer what is being served, as far as it is done, and close."""
-        if self._listener.fileno() >= 0:
-            self._loop.remove_reader(self._listener.fileno())
-            self._listener.close()
-        if self._path is not None:
+    def release(self) -> None:
+        """Close and remove the listening socket."""
+        if self._path is not None and self._listener.fileno() >= 0:
             with contextlib.suppress(OSError):
                 os.unlink(self._path)
+        self._listener.close()
+
+    async def close(self) -> None:
+        """Answer what is being served, as far as it is done, and nobody who comes now."""
+        self._is_closed = True
+        self._loop.remove_reader(self._listener.fileno())
         tasks = list(self._open)
         serving = [task for task, client in self._open.items() if client.is_serving]
         if serving:
@@ -112,8 +121,10 @@ class Client:
             log.get("http").info("connection closed: %s", error or "too slow")
         except Exception:  # a mistake of ours costs one connection
             log.get("http").exception("serving a connection")
-        finally:
-            self._wire.close()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._wire.close()
 
     async def _one(self) -> bool:
         """Serve one request; False when the connection is to be closed."""

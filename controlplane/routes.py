@@ -138,7 +138,7 @@ def answer(verb: Verb, value: object, *, full: bool = False) -> Reply:
         extra = ((OPERATION, value["operation"]),)
         plugged = value.get("plugged", True)  # not into a VM that is not booted: no body then
         value = {key: inner for key, inner in value.items() if plugged and key not in ("operation", "plugged")}
-    if verb.reads or (verb.answers and value):
+    if verb.reads or not verb.path or (verb.answers and value):  # verbs of ours answer all they have
         return Reply(200, dump(value), extra)
     return Reply(200 if verb.name == "shutdown-vmm" else 204, b"", extra)
 

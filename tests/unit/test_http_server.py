@@ -70,6 +70,7 @@ class Server:
         async def close() -> None:
             assert self._api is not None
             await self._api.close()
+            self._api.release()
 
         asyncio.run_coroutine_threadsafe(close(), self._loop).result(30)
         self._loop.call_soon_threadsafe(self._loop.stop)

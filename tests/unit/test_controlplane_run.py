@@ -181,8 +181,8 @@ def test_a_dead_worker_is_replaced_and_parked_when_its_budget_is_spent(start: St
         os.kill(first["pid"], signal.SIGKILL)
         event = next(event for event in client.events() if event["event"] == "device.restarted")
         assert event["properties"]["generation"] == 2
-        second = wait_for(lambda: next(one["pid"] for one in client.call("devices")["devices"] if one["id"] == "_disk0"),
-                          "its successor")
+        devices = lambda: {one["id"]: one["pid"] for one in client.call("devices")["devices"]}  # noqa: E731
+        second = wait_for(lambda: devices()["_disk0"], "its successor")
         os.kill(second, signal.SIGKILL)
         event = next(event for event in client.events() if event["event"] == "device.parked")
         assert event["properties"]["reason"] == "killed by SIGKILL"

@@ -104,8 +104,6 @@ def _adopt(argv: list[str], programs: processes.Programs, pending: list[int], be
     with contextlib.ExitStack() as stack:
         claimed = rundir.adopt(given.name)
         stack.callback(claimed.let_go)
-        terminal = Terminal()
-        stack.callback(terminal.restore)
 
         async def supervise() -> Ending:
             from cellvisor.controlplane import adopt
@@ -116,7 +114,8 @@ def _adopt(argv: list[str], programs: processes.Programs, pending: list[int], be
             flags = left.record.flags
             launcher = processes.Launcher(programs, claimed, *_log_to(flags, claimed))
             stack.callback(launcher.put_down)
-            vm = Supervisor(flags, claimed, core, None, terminal, left.record.began, launcher, left)
+            nobodys = Terminal(-1)  # the guest's is our predecessor's, if any
+            vm = Supervisor(flags, claimed, core, None, nobodys, left.record.began, launcher, left)
             return await vm.run(pending)
 
         return _loop(supervise)

@@ -23,6 +23,7 @@ from cellvisor.controlplane.corelink import OURS, CoreLink
 from cellvisor.controlplane.events import Monitor
 from cellvisor.controlplane.inventory import Device, Inventory
 from cellvisor.controlplane.processes import Child
+from cellvisor.controlplane.terminal import Terminal
 from cellvisor.core import log
 from cellvisor.core.errors import CellvisorError, Conflict, NotFound
 from cellvisor.core.wire import fdpass, places
@@ -116,11 +117,17 @@ async def take_over(rundir: RunDir, began: int, *, stdio: bool) -> Legacy:
         listener = core.stored(OURS, API_SOCKET)
         if listener is not None:
             found = replace(found, flags=replace(found.flags, api_socket=f"fd={listener}"))
-        for number, name in enumerate(STDIO if stdio else ()):
+        for number, name in enumerate(STDIO):
             fd = core.stored(OURS, name)
-            if fd is not None:
+            if fd is None:
+                continue
+            if number == 0:  # whoever has it in his foreground now finds it as it was
+                terminal = Terminal(fd)
+                terminal.inherit(found.terminal)
+                terminal.restore()
+            if stdio:
                 os.dup2(fd, number)
-                os.close(fd)
+            os.close(fd)
     except BaseException:
         await core.close()
         context.term()
@@ -134,8 +141,6 @@ async def go_on(vm: Supervisor, left: Legacy) -> None:
     early: list[tuple[str, dict[str, Any]]] = []
     core.serve(lambda name, properties: early.append((name, properties)), found.pack)
     vm.events.emit("vmm.adopting", name=vm.rundir.name, pid=os.getpid(), generation=vm.rundir.generation)
-    vm.terminal.inherit(found.terminal)
-    vm.terminal.restore()  # whoever had it in his foreground has it back
     workers = await vm.nurseries.find(found.present, dict(found.homes))
     try:
         vm.config, vm.memory_effects = found.config, dict(found.memory_effects)
@@ -155,6 +160,8 @@ async def go_on(vm: Supervisor, left: Legacy) -> None:
     finally:
         for _, pidfd in workers.values():
             os.close(pidfd)
+    if found.terminal is not None:
+        await vm.consoles(core).give_up_input()
     if found.configured and info.get("state") != "created":
         with contextlib.suppress(CellvisorError):
             await vm.plug.adopt(found.parts.get("plug"))

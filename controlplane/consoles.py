@@ -34,6 +34,13 @@ class Consoles:
                     os.fstat(fd)
                     self._core.deposit(name, role, fd)
 
+    async def give_up_input(self) -> None:
+        """The terminal is in somebody else's hands: what is typed there is not the guest's, whoever serves it."""
+        for name in self._tty:
+            with contextlib.suppress(OSError, CellvisorError), open(os.devnull) as nothing:
+                self._core.deposit(name, "tty-in", nothing.fileno())
+                await self._core.request(CoreVerb.CALL, device=name, verb="deaf", args={})
+
     def make_raw(self) -> None:
         """Pass every key on to the guest, if it has the terminal."""
         if self._tty:

@@ -10,6 +10,7 @@ from cellvisor.core.custody import Custody
 from cellvisor.core.errors import CellvisorError, Conflict, NotFound, UsageError
 from cellvisor.core.link import Link
 from cellvisor.core.machine import Machine
+from cellvisor.core.platform import SERIAL_DEVICE
 from cellvisor.core.server import Reply
 from cellvisor.core.wire.messages import CoreVerb, ToWorker
 
@@ -146,6 +147,11 @@ class Verbs:
         reply({})
 
     def _call(self, args: dict[str, Any], reply: Reply) -> None:
+        serial = self._machine.platform.serial if self._machine.platform else None
+        if args.get("device") == SERIAL_DEVICE and args.get("verb") == "deaf" and serial is not None:
+            serial.channel.deaf()
+            reply({"result": None})
+            return
         link = self._link(args)
         verb, given = args.get("verb"), args.get("args") or {}
         if not isinstance(verb, str) or not isinstance(given, dict):

@@ -166,6 +166,13 @@ class ByteChannel:
             self._want_input = wanted
             self._update()
 
+    def deaf(self) -> None:
+        """Take no input any more: it is somebody else's from now on."""
+        fd, self._in = self._in, -1
+        self._update()
+        if fd not in (-1, self._out):
+            os.close(fd)
+
     def close(self, *, unlink: bool = False) -> None:
         """Close every descriptor; with `unlink` remove the socket's file too."""
         if self._timer is not None:

@@ -137,9 +137,12 @@ class Console(DeviceBase):
         self._channel.want_input(False)
 
     def call(self, verb: str, args: dict[str, Any]) -> Any:
-        """resize {columns, rows}: tell the driver; where {}: the path of the pty, file or socket."""
+        """resize {columns, rows}: tell the driver; where {}: the path of the pty, file or socket; deaf {}: take no
+        input any more."""
         if verb == "where":
             return {"mode": self._channel.mode, "path": self._channel.path}
+        if verb == "deaf":
+            return self._channel.deaf()
         if verb != "resize":
             return super().call(verb, args)
         columns, rows = args.get("columns"), args.get("rows")

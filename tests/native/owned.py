@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
 import signal
+import struct
 import sys
 import tempfile
+import termios
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +23,15 @@ from cellvisor.core.wire import places
 from cellvisor.ctl.client import Client
 from tests.native.guest import GuestResult, Running, build, parse
 
+SHELL = """
+import fcntl, os, subprocess, sys, termios, time
+os.setsid()
+terminal = os.open(sys.argv[1], os.O_RDWR)
+fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+log = open(sys.argv[2], "a")
+subprocess.run(sys.argv[3:], stdin=terminal, stdout=terminal, stderr=log)
+time.sleep(60)
+"""
 CRASH_RUN = Path(__file__).parents[1] / "fakes" / "crash_run.py"
 
 
@@ -35,10 +47,14 @@ def wait_for(condition: Callable[[], Any], what: str | Callable[[], str], second
 
 
 class OwnedVm:
-    """A VM `web` in a directory of its own, controlplane included only at first. Use it as a context manager."""
+    """A VM `web` in a directory of its own, controlplane included only at first. Use it as a context manager.
+
+    `plan` is a CRASH_PLAN (tests/fakes/crash_run.py). `terminal`: a shell runs it in the foreground of a terminal.
+    """
 
     def __init__(self, where: Path, cmdline: str, disks: Sequence[Path | str] = (), *extra: str,
-                 plan: Sequence[str] | None = None, environ: dict[str, str] | None = None) -> None:
+                 plan: Sequence[str] | None = None, environ: dict[str, str] | None = None,
+                 terminal: bool = False) -> None:
         self.where = where
         self.runtime = tempfile.mkdtemp(prefix="cv-")
         self.path = os.path.join(self.runtime, "cellvisor", "web")
@@ -50,10 +66,41 @@ class OwnedVm:
             program = [sys.executable, str(CRASH_RUN)]
         serial = where / "serial.txt"
         command = [*program, "run", "--name", "web", "--kernel", str(build()), "--cmdline", cmdline, "--serial",
-                   f"file={serial}", "--console", "null", "--memory", "size=64M", "-v", *extra]
+                   f"file={serial}", "--console", "null", "--memory", "size=64M", *extra]
         for disk in disks:
             command += ["--disk", f"path={disk}" if isinstance(disk, Path) else disk]
+        self._terminal = self._inside = -1
+        if terminal:
+            self._terminal, self._inside = os.openpty()
+            os.set_blocking(self._terminal, False)
+            # The shell must outlive it: with a session's leader its terminal goes away.
+            command = [sys.executable, "-c", SHELL, os.ttyname(self._inside), str(where / "vmm.log"), *command]
+        else:
+            command.append("-v")
         self.running = Running(command, serial, where / "vmm.log", self.environ)
+        if terminal:
+            wait_for(lambda: Path(self.path, "pilot").exists(), "the VM")
+
+    # ---- its terminal
+
+    def is_cooked(self) -> bool:
+        """Tell whether the terminal takes lines and echoes them."""
+        flags = termios.tcgetattr(self._terminal)[3]
+        return bool(flags & termios.ICANON and flags & termios.ECHO)
+
+    def type(self, line: bytes) -> bytes:
+        """Type a line; returns what the shell gets of it, after whoever else reads the terminal had time to."""
+        os.write(self._terminal, line)
+        time.sleep(0.5)
+        waiting = struct.unpack("i", fcntl.ioctl(self._inside, termios.FIONREAD, bytes(4)))[0]
+        return os.read(self._inside, waiting) if waiting else b""
+
+    def screen(self) -> bytes:
+        """Return what came to the terminal since the last call."""
+        try:
+            return os.read(self._terminal, 1 << 16)
+        except BlockingIOError:
+            return b""
 
     # ---- its processes
 
@@ -67,6 +114,8 @@ class OwnedVm:
                     found[int(name)] = Path(f"/proc/{name}/cmdline").read_bytes().replace(b"\0", b" ").decode()
             except OSError:
                 continue
+        if self._terminal >= 0:
+            found.pop(self.running.process.pid, None)  # the shell
         return found
 
     def pids(self, role: str, device: str = "") -> list[int]:
@@ -115,10 +164,10 @@ class OwnedVm:
                 events = self.call("events")["events"]
             except CellvisorError:
                 return None
-            return next((one["properties"] for one in events if one["event"] == name and
-                         properties.items() <= one["properties"].items()), None)
+            return [one["properties"] for one in events if one["event"] == name and
+                    properties.items() <= one["properties"].items()]
 
-        return dict(wait_for(seen, lambda: f"{name} {properties}: {self._log()}", seconds))
+        return dict(wait_for(seen, lambda: f"{name} {properties}: {self._log()}", seconds)[0])
 
     # ---- its end
 
@@ -153,8 +202,13 @@ class OwnedVm:
         for _ in range(5):  # who is left starts others
             for pid in self.processes():
                 os.kill(pid, signal.SIGKILL)
+            if self._terminal >= 0:
+                self.running.process.kill()
             self.running.process.wait()
             if not self.processes():
                 break
             time.sleep(0.1)
+        if self._terminal >= 0:
+            os.close(self._terminal)
+            os.close(self._inside)
         shutil.rmtree(self.runtime, ignore_errors=True)

@@ -220,3 +220,26 @@ def test_core_and_controlplane_killed_together(tmp_path: Path, disk: Path) -> No
         vm.kill_controlplane()
         os.kill(core, signal.SIGKILL)
         wait_for(lambda: not vm.processes(), "everything to be gone", 10.0)
+
+
+# ---- the terminal
+
+
+def test_the_terminal_is_given_back_by_the_successor(tmp_path: Path) -> None:
+    """It was raw for the guest; the shell that is back in the foreground must not find it so, nor lose a key."""
+    with OwnedVm(tmp_path, "test=console repeat=100000000 text=x", (), "--console", "tty", "-v", terminal=True) as vm:
+        vm.wait_event("vm.booted")
+        assert not vm.is_cooked()
+        wait_for(lambda: b"x\nx" in vm.screen(), "the guest's output")
+        vm.kill_controlplane()
+        wait_for(vm.is_cooked, "the terminal")
+        vm.wait_adopted()
+        vm.screen()
+        wait_for(lambda: b"x\r\nx" in vm.screen(), "the guest's output")
+        assert vm.type(b"for the shell\n") == b"for the shell\n"
+        os.kill(vm.pids("worker", "__console")[0], signal.SIGKILL)
+        vm.wait_event("device.restarted", device="__console")
+        assert vm.type(b"not for its successor either\n") == b"not for its successor either\n"
+        vm.call("shutdown")
+        vm.wait_gone()
+        assert vm.is_cooked()

@@ -50,6 +50,7 @@ STRANGE = (0, 1, 2, 0x7F, 0x80, 0xFF, 0xFFFF, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_F
 BOOT_PIECES = (
     (layout.GDT, 0x30), (layout.PVH_START_INFO, 56), (layout.PVH_MODULES, 32), (layout.ZERO_PAGE, 0x1000),
     (layout.PAGE_TABLES, layout.PAGE_TABLES_END - layout.PAGE_TABLES), (layout.CMDLINE, layout.CMDLINE_SIZE),
+    (layout.RESET_VECTOR, 16),
 )
 
 

@@ -226,7 +226,7 @@ def test_core_and_controlplane_killed_together(tmp_path: Path, disk: Path) -> No
 
 
 def test_the_terminal_is_given_back_by_the_successor(tmp_path: Path) -> None:
-    """It was raw for the guest; the shell that is back in the foreground must not find it so, nor lose a key."""
+    """It was raw for the guest; the shell that is back in the foreground must not find it so. The guest writes on."""
     with OwnedVm(tmp_path, "test=console repeat=100000000 text=x", (), "--console", "tty", "-v", terminal=True) as vm:
         vm.wait_event("vm.booted")
         assert not vm.is_cooked()
@@ -236,10 +236,23 @@ def test_the_terminal_is_given_back_by_the_successor(tmp_path: Path) -> None:
         vm.wait_adopted()
         vm.screen()
         wait_for(lambda: b"x\r\nx" in vm.screen(), "the guest's output")
+        vm.call("shutdown")
+        vm.wait_gone()
+        assert vm.is_cooked()
+
+
+def test_what_is_typed_is_not_the_guests_any_more(tmp_path: Path) -> None:
+    """It reads the terminal like the shell, but after an adoption it must not take one key."""
+    with OwnedVm(tmp_path, "test=console lines=1000", (), "--console", "tty", "-v", terminal=True) as vm:
+        vm.wait_event("device.activated", device="__console")
+        assert vm.type(b"for the guest\n") == b""
+        wait_for(lambda: "line.0=FOR THE GUEST" in vm.running.text, "the guest to read")
+        vm.kill_controlplane()
+        vm.wait_adopted()
         assert vm.type(b"for the shell\n") == b"for the shell\n"
         os.kill(vm.pids("worker", "__console")[0], signal.SIGKILL)
         vm.wait_event("device.restarted", device="__console")
         assert vm.type(b"not for its successor either\n") == b"not for its successor either\n"
+        assert vm.running.text.count("line.") == 1
         vm.call("shutdown")
         vm.wait_gone()
-        assert vm.is_cooked()

@@ -22,7 +22,8 @@ from tests.debian import Missing
 from tests.lab import recipe
 from tests.lab.l1 import L1, Died, Job
 
-SILENCE = 420.0  # a test in L1 ends itself after 300 s (pytest-timeout); longer silence means a hang
+TEST_SECONDS = 900  # after which pytest-timeout ends a test in L1: boots take long on a busy machine
+SILENCE = TEST_SECONDS + 120.0  # L1 itself hangs
 GUESS = 30.0  # seconds, for a test that never ran
 MAX_BOOTS = 4  # of one machine's thread
 
@@ -166,7 +167,7 @@ class Farm:
         files = sorted({nodeid.partition("::")[0] for nodeid in self._items})
         # Plugins by name: found by themselves they would all have their asserts rewritten first, for 15 s.
         job = machine.job(["python3", "-m", "pytest", "-p", "tests.lab.remote", "-p", "pytest_timeout",
-                           "-p", "no:cacheprovider", "-q", *files], channel=True,
+                           "-p", "no:cacheprovider", "-q", f"--timeout={TEST_SECONDS}", *files], channel=True,
                           env={"PYTHONPATH": "/cellvisor", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
         while True:
             kind, value = self._listen(job)

@@ -23,7 +23,7 @@ from cellvisor.core.wire.allowance import Allowance
 from cellvisor.core.wire.reactor import Reactor
 
 MAX_NAME = 128
-RATE, BURST = 500, 2000  # packets of one peer: a second, and at once
+RATE, BURST = 2000, 2000  # packets of one peer: a second, and at once
 AT_ONCE = 16  # in one turn
 
 
@@ -35,6 +35,9 @@ class Peers(Protocol):
 
     def connected(self, identity: str, connection: Connection) -> None:
         """A peer has shown a good identity on `connection`."""
+
+    def left(self, connection: Connection) -> None:
+        """A peer that had shown its identity is gone from here, by itself or because it was hung up on."""
 
     def take(self, identity: str) -> tuple[list[str], list[int]] | None:
         """Return names and descriptors of a worker's device, None if its Hello has not come yet."""
@@ -62,7 +65,10 @@ class FdsServer:
 
     def hang_up(self, connection: Connection) -> None:
         """Forget a peer."""
-        self._door.leave(connection)
+        if connection.is_open:
+            self._door.leave(connection)
+            if connection.identity:
+                self._peers.left(connection)
 
     def _ready(self, connection: Connection, events: int) -> None:
         try:

@@ -179,7 +179,7 @@ def _listen(path: str) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.bind(path)
-        sock.listen(64)
+        sock.listen(256)
         sock.setblocking(False)
     except BaseException:
         sock.close()

@@ -29,6 +29,7 @@ from cellvisor.core.wire.messages import PROTOCOL, ToCore, ToWorker
 from cellvisor.core.wire.spec import Spec, spec_from_wire
 
 MAX_CONFIG = 4096
+MAX_DEPTH = 64  # of an answer, which travels on inside others
 MAX_POISON = 16  # reports of one incarnation that are passed on
 HANG_SECONDS = 5.0
 IO_SECONDS = 30.0
@@ -94,6 +95,11 @@ def plain(text: object, most: int = 300) -> str:
     return "".join(c if c.isprintable() else "?" for c in kept)
 
 
+def _is_shallow(value: Any, depth: int) -> bool:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth > 0 and all(_is_shallow(item, depth - 1) for item in items)
+
+
 def _eventfd() -> int:
     return os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
@@ -137,6 +143,8 @@ class Link:
         if self.worker is not None:
             self._dismiss(self.worker)
         self.worker = Worker(generation, token)
+        if self.state is not None:
+            self.state.repair()
         self.failure, self.refused = "", False
 
     @property
@@ -340,6 +348,8 @@ class Link:
     def _reply(self, body: dict[str, Any]) -> None:
         worker = self._require(WorkerState.SERVING)
         number, error = body.get("id"), body.get("error")
+        if not _is_shallow(body, MAX_DEPTH):
+            raise UsageError("answer is nested too deeply")
         done = worker.calls.pop(number, None) if type(number) is int else None
         if done is not None:
             done(body.get("ok"), from_wire(error) if isinstance(error, dict) else None)

@@ -21,7 +21,7 @@ from cellvisor.core.custody import Custody
 from cellvisor.core.errors import CellvisorError, Internal, UsageError
 from cellvisor.core.fds import Connection, FdsServer
 from cellvisor.core.gate import Gate
-from cellvisor.core.link import Link, WorkerState, plain
+from cellvisor.core.link import Link, Worker, WorkerState, plain
 from cellvisor.core.store import Store
 from cellvisor.core.wire import places
 from cellvisor.core.wire.allowance import Allowance
@@ -30,6 +30,7 @@ from cellvisor.core.wire.reactor import Reactor
 
 HIGH_WATER = 1000
 TELL_SECONDS = 0.05
+LEAVE_SECONDS = 5.0  # from hanging up to the end of a worker
 Reply = Callable[[dict[str, Any] | CellvisorError], None]
 
 
@@ -241,6 +242,17 @@ class Server:
                 link.died("its process died")
 
         self.reactor.add(pidfd, gone, select.EPOLLIN)
+
+    def left(self, connection: Connection) -> None:
+        """A worker that ends hangs up; one that lives on without us serves nobody."""
+        link = self._link_of(connection.identity)
+        worker = link.worker if link else None
+        if link is not None and worker is not None and worker.connection is connection:
+            self.reactor.after(LEAVE_SECONDS, lambda: self._still_there(link, worker))
+
+    def _still_there(self, link: Link, worker: Worker) -> None:
+        if link.worker is worker and worker.state is not WorkerState.DEAD and not worker.expelled:
+            self.expel(link, "hung up and lives on")
 
     def take(self, identity: str) -> tuple[list[str], list[int]] | None:
         """Return what a worker is given."""

@@ -55,16 +55,20 @@ class StateLayout:
                    _align(offset + 2 * stride, mmap.PAGESIZE))
 
 
-def create_state(queue_sizes: Sequence[int], private_size: int = 0) -> int:
-    """Make the state memfd of a device, sealed against resizing; the caller owns the descriptor."""
-    layout = StateLayout.of(queue_sizes, private_size)
-    lib, ffi = _native.lib, _native.ffi
-    state = ffi.new("struct cv_state *")
+def _describe(state: Any, layout: StateLayout, lib: Any) -> None:
     state.magic, state.version = lib.CV_STATE_MAGIC, lib.CV_STATE_VERSION
     state.size, state.queue_count = layout.size, len(layout.queue_sizes)
     state.private_offset, state.private_size = layout.private_offset, layout.private_size
     for entry, size, area in zip(state.queues, layout.queue_sizes, layout.areas, strict=False):
         entry.max_size, entry.area = size, area
+
+
+def create_state(queue_sizes: Sequence[int], private_size: int = 0) -> int:
+    """Make the state memfd of a device, sealed against resizing; the caller owns the descriptor."""
+    layout = StateLayout.of(queue_sizes, private_size)
+    ffi = _native.ffi
+    state = ffi.new("struct cv_state *")
+    _describe(state, layout, _native.lib)
     fd = os.memfd_create("cellvisor-state", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, layout.size)
@@ -118,6 +122,10 @@ class StateMap:
                 size, c.size, areas, c.private_offset):
             raise Internal(f"state memfd: {size} bytes, header says {c.size}, its queues need {layout.size}")
         return layout
+
+    def repair(self) -> None:
+        """Write the part of the header that is core's again: a worker may have left anything there."""
+        _describe(self.c, self.layout, self.native.lib)
 
     @property
     def generation(self) -> int:

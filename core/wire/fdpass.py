@@ -78,7 +78,7 @@ def listen(path: str) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         sock.bind(path)
-        sock.listen(64)
+        sock.listen(256)
         sock.setblocking(False)
     except BaseException:
         sock.close()

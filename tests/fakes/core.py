@@ -83,12 +83,12 @@ class NurseryProcess:
         """End it with QUIT, or with force."""
         with contextlib.suppress(OSError):
             self.ask(ToNursery.QUIT)
-        self.sock.close()
         try:
             self.process.wait(10)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        self.sock.close()  # not before: with reports unread it would take the QUIT along
         for fd in self.pidfds:
             os.close(fd)
 

@@ -136,7 +136,10 @@ class FdsServer:
         if given is not None:
             connection.waits_for_take = False
             names, fds = given
-            fdpass.send(connection.sock, {"names": names}, fds)
+            try:
+                fdpass.send(connection.sock, {"names": names}, fds)
+            except OSError:  # it died while it waited; its pidfd tells
+                self.hang_up(connection)
 
     def close(self) -> None:
         """Stop listening and hang up on everybody."""

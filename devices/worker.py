@@ -158,7 +158,10 @@ class Worker:
             self._core_is_gone()
 
     def _ping(self, fd: int) -> None:
-        _drain(fd)
+        with contextlib.suppress(BlockingIOError):
+            if not os.read(fd, 512):
+                self._core_is_gone()  # it closed its end
+                return
         if self._state is not None:
             self._state.echo = self._state.ping
 

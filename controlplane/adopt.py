@@ -151,6 +151,7 @@ async def go_on(vm: Supervisor, left: Legacy) -> None:
             vm.state = "Created"
         info = await core.request(CoreVerb.INFO)
         if found.configured:
+            vm.state = STATES.get(str(info.get("state")), vm.state)
             vm.memory_effects = info.get("memory_effects") or vm.memory_effects
             await _take_devices(vm, found, info.get("state") != "created", workers)
             vm.nurseries.ward()
@@ -185,7 +186,6 @@ async def _go_on_running(vm: Supervisor, found: Record, info: dict[str, Any]) ->
             vm.create(found.flags.order)
         await vm.boot()
     elif found.configured:
-        vm.state = STATES.get(state, vm.state)
         if state == "stopped":
             vm.end(0, "the guest powered off")
         elif state == "crashed":

@@ -180,6 +180,19 @@ def test_nursery_and_worker_die_together(tmp_path: Path, disk: Path) -> None:
         vm.finish()
 
 
+def test_nursery_that_hangs_is_replaced(tmp_path: Path, disk: Path) -> None:
+    """Nobody notices until a worker is wanted; then it is killed, and the worker comes from another one."""
+    with OwnedVm(tmp_path, f"{LOAD} count=60000", [disk]) as vm:
+        vm.wait_event("device.activated")
+        (nursery,), (worker,) = vm.pids("nursery"), vm.pids("worker", "_disk0")
+        os.kill(nursery, signal.SIGSTOP)
+        os.kill(worker, signal.SIGKILL)
+        vm.wait_event("nursery.died", pid=nursery)
+        vm.wait_event("device.restarted", device="_disk0")
+        assert vm.pids("worker", "_disk0") not in ([], [worker])
+        vm.finish()
+
+
 # ---- core
 
 

@@ -21,17 +21,17 @@ Tell = Callable[[str], None]
 class Effort:
     """Numbers of samples. `cell_ms` is how long one load of the comparison runs, `rounds` how often all do."""
 
-    kills: int = 250
+    kills: int = 200
     upgrades: int = 8
-    forks: int = 60
-    boots: int = 10
+    forks: int = 50
+    boots: int = 8
     workers: tuple[int, ...] = (1, 8, 30)
     requests: int = 10_000
     depths: tuple[int, ...] = (1, 8, 32)
     steady_depths: tuple[int, ...] = (1, 8, 32)
     cell_ms: int = 200
     rounds: int = 12
-    seconds: float = 100.0  # after which the comparison begins no further round
+    seconds: float = 90.0  # after which the comparison begins no further round
 
 
 QUICK = Effort(kills=30, upgrades=2, forks=15, boots=3, workers=(1, 8), requests=2000, steady_depths=(32,), cell_ms=60,

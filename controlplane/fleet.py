@@ -241,6 +241,7 @@ class Fleet:
             one.state = State.ENDED
             return
         one.reason = f"{one.reason}: {one.how}" if one.reason and one.how else one.reason or one.how or GAVE_UP
+        kill_pidfd(one.pidfd)  # core may have given up on one that lives on
         one.close()
         if one.drains:
             self._drained(one)

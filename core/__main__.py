@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import resource
 import select
 import signal
 import sys
@@ -35,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     log.setup("core", options.verbosity, options.log_file)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.setswitchinterval(SWITCH_INTERVAL)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # two eventfds for each queue of each device
     with contextlib.suppress(OSError), open("/proc/self/comm", "w") as comm:
         comm.write("cv-core")
     try:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 
 from cellvisor.core.link import Link
 from cellvisor.core.platform import Platform
 
+MAX_WRITES = 256
 Post = Callable[[Callable[[], None]], None]
 
 
@@ -29,6 +31,7 @@ class LinkOwner:
     def __init__(self, post: Post, link: Link, activated: Callable[[Link], None]) -> None:
         """`activated(link)` is called at once, under the board lock."""
         self._post, self._link, self._activated = post, link, activated
+        self._writes: deque[tuple[int, bytes]] = deque()
 
     def activate(self, epoch: int, queues: list[dict[str, int]], features: int) -> None:
         """DRIVER_OK."""
@@ -40,5 +43,7 @@ class LinkOwner:
         self._post(lambda: self._link.reset(epoch))
 
     def config_write(self, offset: int, data: bytes) -> None:
-        """The driver wrote to device config space."""
-        self._post(lambda: self._link.config_write(offset, data))
+        """The driver wrote to device config space: lost if MAX_WRITES earlier ones are still to be passed on."""
+        if len(self._writes) < MAX_WRITES:
+            self._writes.append((offset, data))
+            self._post(lambda: self._link.config_write(*self._writes.popleft()))

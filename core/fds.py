@@ -60,7 +60,6 @@ class FdsServer:
 
     def __init__(self, path: str, reactor: Reactor, store: Store, peers: Peers, closer: Closer) -> None:
         self._store, self._peers = store, peers
-        self._complaints = Allowance(0.2, 20)  # lines in the log
         self._door = Door(fdpass.listen(path), reactor, closer, Connection, self._ready)
 
     def hang_up(self, connection: Connection) -> None:
@@ -91,8 +90,7 @@ class FdsServer:
         except BlockingIOError:
             return
         except (UsageError, OSError) as error:
-            if self._complaints.afford():
-                log.get("fds").warning("hanging up on pid %d: %s", connection.pid, error)
+            log.get("fds").warning("hanging up on pid %d: %s", connection.pid, error)
             self.hang_up(connection)
 
     def _serve(self, connection: Connection, body: dict[str, Any], fds: list[int]) -> None:

@@ -24,7 +24,6 @@ from cellvisor.core.errors import CellvisorError, Conflict, UsageError, from_wir
 from cellvisor.core.fds import Connection
 from cellvisor.core.ring.state import StateMap, create_state
 from cellvisor.core.virtio.device import VirtioPciDevice
-from cellvisor.core.wire.allowance import Allowance
 from cellvisor.core.wire.messages import PROTOCOL, ToCore, ToWorker
 from cellvisor.core.wire.spec import Spec, spec_from_wire
 
@@ -122,7 +121,6 @@ class Link:
         self.activation: dict[str, Any] | None = None
         self.pending_reset: int | None = None
         self.values: dict[str, int] = {}
-        self._complaints = Allowance(0.1, 10)  # lines in the log: the guest decides how often it breaks a rule
         self.failure = ""
         self.refused = False
         self.hang_timeout, self.io_timeout = HANG_SECONDS, IO_SECONDS  # core/watchdog.py; 0: for ever
@@ -320,8 +318,7 @@ class Link:
 
     def _needs_reset(self, body: dict[str, Any]) -> None:
         self._require(WorkerState.SERVING)
-        if self._complaints.afford():
-            log.get("device").warning("%s: needs reset: %s", self.device, plain(body.get("reason", ""), 200))
+        log.get("device").warning("%s: needs reset: %s", self.device, plain(body.get("reason", ""), 200))
         if self.function is not None:
             with self.home.lock:
                 self.function.needs_reset()

@@ -24,7 +24,6 @@ from cellvisor.core.gate import Gate
 from cellvisor.core.link import Link, Worker, WorkerState, plain
 from cellvisor.core.store import Store
 from cellvisor.core.wire import places
-from cellvisor.core.wire.allowance import Allowance
 from cellvisor.core.wire.messages import MAX_MESSAGE, pack, unpack
 from cellvisor.core.wire.reactor import Reactor
 
@@ -62,7 +61,6 @@ class Server:
         self.custody = Custody(token)
         self.messages = dict.fromkeys(("to_workers", "from_workers", "to_controlplane", "from_controlplane"), 0)
         self._context = zmq.Context()
-        self._complaints = Allowance(1, 20)  # lines in the log about who does not read
         self._gate = Gate(os.path.join(run_dir, places.CORE), self.reactor, closer, self)
         self._control = self._bind(os.path.join(run_dir, places.CONTROL), self._from_controlplane)
         self.fds = FdsServer(os.path.join(run_dir, places.FDS), self.reactor, self.store, self, closer)
@@ -112,9 +110,8 @@ class Server:
                 raise
 
     def _dropped(self, identity: str, body: dict[str, Any]) -> None:
-        if self._complaints.afford():
-            what = body.get("k") or body.get("event") or "an answer"
-            log.get("wire").warning("%s does not read: %s dropped", identity.rsplit("/", 1)[0], what)
+        what = body.get("k") or body.get("event") or "an answer"
+        log.get("wire").warning("%s does not read: %s dropped", identity.rsplit("/", 1)[0], what)
 
     def send(self, identity: str, body: dict[str, Any]) -> None:
         """Send to a worker; one that is gone is ignored."""
@@ -132,8 +129,7 @@ class Server:
         self.messages["from_controlplane"] += 1
         identity = frames[0].decode(errors="replace")
         if len(frames) != 2 or not self.custody.admits(identity):
-            if self._complaints.afford():
-                log.get("wire").warning("message of a stranger on the control socket dropped")
+            log.get("wire").warning("message of a stranger on the control socket dropped")
             return
         number: object = None
 

@@ -17,7 +17,7 @@ from tests.native.owned import OwnedVm, wait_for
 
 pytestmark = [pytest.mark.kvm, needs_kvm]
 
-LOAD = "test=blk-write depth=8 reads=20 flush=37 count=40000"
+LOAD = "test=blk-write depth=8 reads=20 flush=37 count=50000"
 CODE = '''
 from dataclasses import replace
 from cellvisor.devices.virtio.blk import Blk

@@ -94,6 +94,7 @@ static void recover(const char *name)
 
 enum what { LOOP_SELF, LOOP_TWO, NEXT_WILD, ADDRESS_HOLE, ADDRESS_WRAPS, ADDRESS_BAR, ADDRESS_LAPIC, ADDRESS_END,
             LENGTH_HUGE, LENGTH_ZERO, NESTED, TABLE_ODD, TABLE_EMPTY, TABLE_HUGE, TABLE_HOLE, TABLE_NEXT, TABLE_END,
+            TABLE_BAR,
             READ_AFTER_WRITE, NO_WRITABLE, SHORT_HEADER, ODD_DATA, HEADER_ONLY, STATUS_EMPTY };
 
 static void break_chain(enum what what)
@@ -117,6 +118,7 @@ static void break_chain(enum what what)
     case TABLE_HOLE: head->address = HOLE; break;
     case TABLE_NEXT: head->flags = DESC_INDIRECT | DESC_NEXT; break;
     case TABLE_END: head->address = ram_end() - 16; break;
+    case TABLE_BAR: head->address = virtio.common & ~0xfffull; break;
     case READ_AFTER_WRITE: chain[0].flags |= DESC_WRITE; chain[1].flags = DESC_NEXT; break;
     case NO_WRITABLE: chain[1].flags = DESC_NEXT; chain[2].flags = 0; break;
     case SHORT_HEADER: chain[0].length = 15; break;
@@ -140,7 +142,7 @@ static const struct broken {
     {"status-empty", STATUS_EMPTY, false}, {"indirect-loop", LOOP_TWO, true}, {"indirect-next-wild", NEXT_WILD, true},
     {"indirect-address-hole", ADDRESS_HOLE, true}, {"indirect-nested", NESTED, true}, {"indirect-odd", TABLE_ODD, true},
     {"indirect-empty", TABLE_EMPTY, true}, {"indirect-huge", TABLE_HUGE, true}, {"indirect-hole", TABLE_HOLE, true},
-    {"indirect-and-next", TABLE_NEXT, true}, {"indirect-end", TABLE_END, true},
+    {"indirect-and-next", TABLE_NEXT, true}, {"indirect-end", TABLE_END, true}, {"indirect-bar", TABLE_BAR, true},
 };
 
 static void offer_wild_head(void) { offer(queue->size, 1); }
@@ -182,6 +184,9 @@ static void rings_in_bar(void)
 {
     rings_at((uint64_t)queue->desc, (uint64_t)queue->avail, virtio.common & ~0xfffull);
 }
+
+static void rings_in_lapic(void) { rings_at(acpi.lapic, (uint64_t)queue->avail, (uint64_t)queue->used); }
+static void rings_in_ecam(void) { rings_at((uint64_t)queue->desc, acpi.ecam, (uint64_t)queue->used); }
 
 static void rings_odd(void)
 {
@@ -288,6 +293,7 @@ static const struct deed {
     {"avail-ahead", jump_ahead, false}, {"avail-far", jump_far, false}, {"avail-back", jump_back, false},
     {"head-twice", offer_twice, false}, {"rings-hole", rings_in_hole, false}, {"rings-wrap", rings_wrap, false},
     {"rings-zero", rings_at_zero, true}, {"rings-end", rings_at_end, false}, {"rings-bar", rings_in_bar, false},
+    {"rings-lapic", rings_in_lapic, false}, {"rings-ecam", rings_in_ecam, false},
     {"rings-odd", rings_odd, true}, {"live-registers", live_registers, false},
     {"queue-sizes", queue_sizes, true}, {"queue-numbers", queue_numbers, false},
     {"notify-all", notify_all, false}, {"statuses", statuses, true}, {"reset-in-flight", reset_in_flight, true},

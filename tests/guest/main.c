@@ -10,7 +10,8 @@ static const struct test {
     {"blk-move", test_blk_move},
     {"blk-write", test_blk_write}, {"blk-verify", test_blk_verify}, {"blk-bench", test_blk_bench},
     {"rng", test_rng}, {"console", test_console}, {"script", test_script}, {"hotplug", test_hotplug},
-    {"hostile", test_hostile}, {"sweep", test_sweep}, {"cfgsweep", test_cfgsweep}, {"portsweep", test_portsweep},
+    {"race", test_race}, {"resubmit", test_resubmit}, {"toggle", test_toggle}, {"notify", test_notify},
+    {"flood", test_flood}, {"hostile", test_hostile}, {"sweep", test_sweep}, {"cfgsweep", test_cfgsweep}, {"portsweep", test_portsweep},
 };
 
 void guest_main(void);

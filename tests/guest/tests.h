@@ -18,6 +18,11 @@ void test_rng(void);
 void test_console(void);
 
 void test_hostile(void);
+void test_race(void);
+void test_resubmit(void);
+void test_toggle(void);
+void test_notify(void);
+void test_flood(void);
 void test_sweep(void);
 void test_cfgsweep(void);
 void test_portsweep(void);

@@ -17,7 +17,7 @@ FATAL = {
     "address-end", "length-huge", "indirect-loop", "indirect-next-wild", "indirect-address-hole",
     "indirect-nested", "indirect-odd", "indirect-empty", "indirect-huge", "indirect-hole",
     "indirect-and-next", "indirect-end", "head-wild", "head-ffff", "avail-ahead", "avail-far", "rings-hole",
-    "rings-wrap", "rings-end", "rings-bar",
+    "rings-wrap", "rings-end", "rings-bar", "indirect-bar", "rings-lapic", "rings-ecam",
 }
 
 
@@ -25,7 +25,7 @@ FATAL = {
 def test_bad_rings_end_in_needs_reset_and_a_reset_heals(vm: Vm, disk: Path, kind: str) -> None:
     said = vm(f"test=hostile,blk-info,rng type={kind} settle=5000", disks=[disk], console="null", timeout=280).check()
     outcomes = said.all("hostile.")
-    assert len(outcomes) == said.number("cases") == 44
+    assert len(outcomes) == said.number("cases") == 47
     assert {name for name in FATAL if outcomes[name] != "needs-reset"} == set()
     assert outcomes["live-registers"].startswith("used")
     assert said.number("features_ok_without_version_1") == 0

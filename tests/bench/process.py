@@ -18,6 +18,7 @@ from tests.native.cellvisor import start_cellvisor
 from tests.native.guest import Running
 from tests.native.qemu import start_qemu
 
+SECONDS = 30
 FIRST_WORD = "guest=1"
 
 
@@ -31,8 +32,10 @@ def hello(effort: Effort, place: Place) -> dict[str, Any]:
             began = time.monotonic()
             report = nursery.spawn(core.run_dir, "blk", {"path": disk}, generation=number + 1)
             spawned.append((time.monotonic() - began) * 1000)
-            core.told(ToCore.HELLO)
+            if not core.router.poll(SECONDS * 1000):
+                raise RuntimeError(f"no HELLO within {SECONDS} s")
             greeted.append((time.monotonic() - began) * 1000)
+            core.told(ToCore.HELLO)
             core.told(ToCore.READY)
             kill(report["pid"])
             while nursery.told()["k"] != FromNursery.EXITED:

@@ -11,7 +11,7 @@ from tests.lint.source import ROOT
 
 NAMED = re.compile(r"`((?:core|devices|controlplane|ctl|tests|deploy|src|\.ci)/[\w./-]*)`")
 LINKED = re.compile(r"\]\(([^)#:]+)\)")
-DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CHANGELOG.md")
+DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CHANGELOG.md", "BENCH.md")
 
 
 def missing(root: Path, text: str) -> list[str]:

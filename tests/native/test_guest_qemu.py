@@ -175,7 +175,7 @@ def test_hostile_rings_are_survived(tmp_path: Path, disk: Path, kind: str) -> No
     said = run_qemu(f"test=hostile type={kind} settle=200 {QEMU_SKIPS}", tmp_path, disks=[disk], extra=[
         "-chardev", "null,id=con", *CONSOLE]).check()
     outcomes = said.all("hostile.")
-    assert len(outcomes) == said.number("cases") == 41
+    assert len(outcomes) == said.number("cases") == 44
     assert outcomes["loop-self"] == outcomes["next-wild"] == outcomes["head-wild"] == "needs-reset"
 
 

@@ -77,7 +77,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         f"{HOSTILE}::test_floods_of_output", "unit/test_board_serial.py::test_flood_is_bounded_and_counted",
         "unit/test_board_legacy.py::test_debug_console_is_bounded", f"{HOSTILE}::test_resets_without_end",
         f"{HOSTILE}::test_config_writes_without_end"),
-    "double fetch": (f"{HOSTILE}::test_a_second_cpu", "unit/test_sanitizers.py::test_double_fetch"),
+    "double fetch": (f"{HOSTILE}::test_a_second_cpu",),
     "a malicious back end": ("unit/test_hostile_worker.py", "unit/test_hostile_worker_descriptors.py"),
     "wrap-around of ring arithmetic": ("unit/test_ring_crash.py::test_kill_at_every_store", "unit/test_model_ring.py"),
 }
@@ -227,7 +227,7 @@ def test_every_register_of_the_board(vm: Vm, disk: Path, block: str) -> None:
     sweep = script(vm, *BLOCKS[block])
     with besieged(vm, f"test=script,{SERVED}", disks=[disk], initramfs=sweep) as vmm:
         pass
-    assert {one["id"] for one in vmm.client.call("devices")["devices"]} == {"_disk0", "__rng", "__console"}
+    assert f"script.lines={len(BLOCKS[block]) + 1}\n" in vmm.running.text
 
 
 def test_a_raw_disk_stays_raw(vm: Vm) -> None:

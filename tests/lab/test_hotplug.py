@@ -17,9 +17,9 @@ from cellvisor.core.errors import CellvisorError, Conflict, UsageError
 from cellvisor.ctl.client import Client
 from tests.lab.guest import Linux
 
-pytestmark = pytest.mark.lab(split=True)
+pytestmark = [pytest.mark.lab(split=True), pytest.mark.timeout(900)]
 
-SECONDS = 60.0  # the lab is slow; on real hardware all of it takes milliseconds
+SECONDS = 180.0  # the lab is slow; on real hardware all of it takes milliseconds
 MIB = 1 << 20
 
 
@@ -204,3 +204,74 @@ def test_hotplug_of_a_console(tmp_path: Path) -> None:
                                                 " || ls /dev | grep hvc1").output.strip(), "a second hvc")
         assert re.search(r"hvc\d", name)
         remove(client, "extra")
+
+
+def test_disk_hotplug(tmp_path: Path) -> None:
+    image = sparse(tmp_path / "added.raw")
+    with usual(tmp_path) as guest, client_of(guest) as client:
+        assert slots(guest) == ["00", "01", "02", "03", "04", "05"]
+        wanted = {"path": str(image), "id": "test0", "readonly": True}
+        assert add(client, **wanted) == {"id": "test0", "bdf": "0000:00:06.0"}
+        is_done(client, "test0")
+        assert "06" in slots(guest)
+        disk = disk_in(guest, 6)
+        assert int(guest.run(f"cat /sys/block/{disk}/size")) * 512 == 16 * MIB
+        assert "16+0 records out" in guest.run(f"dd if=/dev/{disk} of=/dev/null bs=1M 2>&1")
+        assert guest.try_run(f"dd if=/dev/zero of=/dev/{disk} bs=4k count=1 conv=fsync").status != 0
+        remove(client, "test0")
+        assert "06" not in slots(guest)
+        assert guest.try_run(f"test -e /sys/block/{disk}").status != 0
+        assert add(client, **wanted) == {"id": "test0", "bdf": "0000:00:06.0"}
+        is_done(client, "test0")
+        guest.reboot()
+        assert int(guest.run(f"cat /sys/block/{disk_in(guest, 6)}/size")) * 512 == 16 * MIB
+        remove(client, "test0")
+        guest.reboot()
+        assert slots(guest) == ["00", "01", "02", "03", "04", "05"]
+        assert guest.poweroff() == 0
+
+
+def test_hotplug_while_the_guest_boots(tmp_path: Path) -> None:
+    guest = usual(tmp_path)
+    try:
+        guest.start()
+        with client_of(guest) as client:
+            keys = []
+            until = time.monotonic() + SECONDS
+            while len(keys) < 12 and time.monotonic() < until:
+                keys.append(add(client, "add-rng")["id"])
+                time.sleep(0.5)
+            guest.await_agent()
+            for key in keys:
+                is_done(client, key)
+            assert [f"{number:02x}" for number in range(6 + len(keys))] == slots(guest)
+            assert {plug_of(client, key) for key in keys} <= {"enumerated", "bound"}
+    finally:
+        guest.close()
+
+
+def test_hotplug_while_paused(tmp_path: Path) -> None:
+    with usual(tmp_path) as guest, client_of(guest) as client:
+        client.call("pause")
+        assert add(client, "add-rng", id="test0")["bdf"] == "0000:00:06.0"
+        assert outcome(client, "test0", 1)["state"] == "guest-notified"
+        client.call("resume")
+        is_done(client, "test0")
+        assert "06" in slots(guest)
+        remove(client, "test0")
+
+
+@pytest.mark.slow
+def test_hotplug_of_every_slot(tmp_path: Path) -> None:
+    with Linux("cloud") as guest, client_of(guest) as client:
+        keys = [add(client, "add-rng")["id"] for _ in range(29)]
+        with pytest.raises(Conflict, match="all 31 are taken"):
+            add(client, "add-rng")
+        for key in keys:
+            is_done(client, key)
+        assert len(slots(guest)) == 32
+        for key in keys:
+            client.call("remove-device", id=key, timeout=SECONDS * 5)
+        for key in keys:
+            eventually(lambda key=key: plug_of(client, key) == "", f"{key} to be gone")
+        assert slots(guest) == ["00", "01", "02"]

@@ -22,7 +22,7 @@ from cellvisor.core.ring.state import StateMap, create_state
 from tests.fakes.build_faults import native
 from tests.fakes.driver import FakeDriver, FakeGuest
 
-SIZE = 8
+SIZE = 16
 FREE = 0
 POINTS = st.none() | st.integers(0, 30)  # stores before a crash
 SELDOM = st.integers(0, 9).map(lambda number: number == 9)
@@ -195,6 +195,28 @@ class RingMachine(RuleBasedStateMachine):
             self.complete(-1, None)
 
     @precondition(lambda self: self.queue is not None)
+    @rule(count=st.integers(1, SIZE), backwards=st.booleans(), points=st.none() | st.integers(0, 90))
+    def serve(self, count: int, backwards: bool, points: int | None) -> None:
+        """What a device does at a kick, with a crash anywhere in it."""
+        queue = self.queue
+        assert queue is not None
+
+        def do() -> bool:
+            self.held += queue.harvest()
+            chosen = self.held[::-1 if backwards else 1][:count]
+            for chain in chosen:
+                self.held.remove(chain)
+                number = int.from_bytes(chain.read(8), "little")
+                queue.begin(chain)
+                chain.write(answer(number))
+                queue.complete(chain, 8)
+                self.run.add(number)
+            queue.publish()
+            return True
+
+        self.mortal(do, points)
+
+    @precondition(lambda self: self.queue is not None)
     @rule(points=POINTS)
     def publish(self, points: int | None) -> None:
         assert self.queue is not None
@@ -222,7 +244,7 @@ class RingMachine(RuleBasedStateMachine):
         if self.driver is not None:
             if self.queue is None:
                 self.recover(None)
-            for _ in range(4 * SIZE):
+            for _ in range(4):
                 self.reap()
                 self.offer(SIZE)
                 self.harvest(0, None)

@@ -151,4 +151,4 @@ def refusal(error: CellvisorError) -> Reply:
 
 def dump(value: object) -> bytes:
     """Write JSON as ASCII; what JSON does not know becomes text."""
-    return json.dumps(value, default=str).encode()
+    return json.dumps(value, default=str, separators=(",", ":")).encode()

@@ -31,6 +31,11 @@ _MEMORY_LATER: Mapping[str, tuple[Any, ...]] = {
     "hugepage_size": _NOTHING, "reserve": _NOTHING, "zones": _NOTHING, "shared": (None, False, True)}
 _PAYLOAD_LATER: Mapping[str, tuple[Any, ...]] = dict.fromkeys(("firmware", "igvm", "host_data"), _NOTHING)
 _LIMITS = {"bandwidth": "bw", "ops": "ops"}
+# ch-remote spells out every key of a disk; how it is locked and read is the device's to choose.
+_IDLE: Mapping[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("vhost_user", "vhost_socket", "rate_limit_group", "backing_files"), (None, False)),
+    **dict.fromkeys(("disable_io_uring", "disable_aio"), (None, False, True)),
+    "lock_granularity": (None, "Full", "ByteRange"), "image_type": (None, "Unknown")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +152,15 @@ def _fixed(kind: str, body: Mapping[str, Any], name: str) -> Wanted:
     return Wanted(kind, kind, "", name, body=rest)
 
 
+def _is_idle(key: str, value: Any) -> bool:
+    return any(type(value) is type(idle) and value == idle for idle in _IDLE.get(key, ()))
+
+
 def flat(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a device's JSON with `rate_limiter_config` as the flags have it: bw_size, ops_refill_time, ..."""
-    body = {key: value for key, value in options.items() if key != "rate_limiter_config"}
+    """Return a device's JSON as the flags have it: `rate_limiter_config` is bw_size, ops_refill_time, ..., and what
+    asks for nothing is left out."""
+    body = {key: value for key, value in options.items()
+            if key != "rate_limiter_config" and not _is_idle(key, value)}
     limits = options.get("rate_limiter_config")
     if not isinstance(limits, dict | None):
         raise UsageError(f"rate_limiter_config: {type(limits).__name__} instead of an object")

@@ -148,3 +148,23 @@ def test_signals_end_an_empty_process(machine: Machine) -> None:
     machine.process.send_signal(signal.SIGTERM)
     assert machine.process.wait(30) == 143
     machine.process.returncode = 0
+
+
+# What `ch-remote add-disk path=PATH,id=test0` makes of its text: every key it knows, in its order.
+ADD_DISK = ('{"path":%s,"readonly":false,"direct":false,"iommu":false,"num_queues":1,"queue_size":128,'
+            '"vhost_user":false,"vhost_socket":null,"rate_limit_group":null,"rate_limiter_config":null,"id":"test0",'
+            '"disable_io_uring":false,"disable_aio":false,"pci_segment":0,"pci_device_id":null,"serial":null,'
+            '"queue_affinity":null,"backing_files":false,"sparse":true,"image_type":%s,"lock_granularity":%s}')
+
+
+@pytest.mark.parametrize(("image_type", "granularity"), [("Raw", "Full"), ("Unknown", "ByteRange")])
+def test_ch_remote_adds_and_removes_a_disk(machine: Machine, image_type: str, granularity: str) -> None:
+    machine.put("vm.create", machine.config())
+    machine.put("vm.boot")
+    wait_for(machine.listens)
+    shutil.copy(machine.directory / "disk", machine.directory / "more")
+    body = ADD_DISK % tuple(json.dumps(word) for word in (str(machine.directory / "more"), image_type, granularity))
+    answer = ch_remote.call(machine.socket, "PUT", "vm.add-disk", body)
+    assert answer == '{"id":"test0","bdf":"0000:00:03.0"}'
+    assert ch_remote.call(machine.socket, "PUT", "vm.remove-device", '{"id":"test0"}') is None
+    wait_for(lambda: "test0" not in machine.get("vm.info")["device_tree"])

@@ -23,7 +23,6 @@ from cellvisor.core.wire.reactor import Reactor
 
 MAX_STRANGERS = 64
 MAX_PEERS = 1024
-MAX_CLOSING = 300  # descriptors of one process that wait to be closed
 ACCEPTS = 16  # in one turn of the loop
 SO_PEERPIDFD = 77  # Linux 6.5
 
@@ -149,7 +148,7 @@ class Door(Generic[P]):
 
     def discard(self, peer: P, fds: list[int]) -> None:
         """Close what `peer` gave us. One whose descriptors do not close must not leave us without any."""
-        if self._closer.close(peer.pid, *fds) > MAX_CLOSING:
+        if not self._closer.close(peer.pid, *fds):
             log.get("door").warning("killing pid %d: its descriptors do not close", peer.pid)
             peer.kill()
 

@@ -10,7 +10,6 @@ from cellvisor.core.closer import Closer
 from cellvisor.core.errors import Conflict, UsageError
 
 MAX_PER_DEVICE = 128
-MAX_CLOSING = 300
 
 
 class Store:
@@ -56,5 +55,5 @@ class Store:
         return sum(len(names) for names in self._held.values())
 
     def _close(self, device: str, fd: int) -> None:
-        if self._closer.close(f"store of {device}", fd) > MAX_CLOSING:
+        if not self._closer.close(f"store of {device}", fd):
             raise UsageError(f"{device}: its descriptors do not close")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
-import select
+import re
 import signal
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -139,7 +141,7 @@ def test_an_rng_that_is_killed(vm: Vm) -> None:
         vmm.running.stop()
 
 
-LINES = 20000
+LINES = 60000
 
 
 def numbered(text: str) -> str:
@@ -168,30 +170,31 @@ def test_a_console_s_file_has_every_byte_once(vm: Vm, tmp_path: Path) -> None:
 
 
 def test_a_user_s_open_pty_does_not_hang_up(vm: Vm) -> None:
-    with steer(vm, f"test=console text=hello_from_hvc0 repeat={LINES} numbered=1", console=f"pty,{OFTEN}") as vmm:
+    """Each line comes once and in order. A kill may cost the one write that found the pty full (ARCHITECTURE.md)."""
+    # It stays on for a second: what a pty's user has not read when its VM ends is lost.
+    load = f"test=console,script text=hello_from_hvc0 repeat={LINES} numbered=1 script=sleep,1000000"
+    with steer(vm, load, console=f"pty,{OFTEN}") as vmm:
         path = next(event["properties"]["path"] for event in vmm.events() if event["event"] == "console.pty")
-        user = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
+        user = os.open(path, os.O_RDWR | os.O_NOCTTY)
         got = bytearray()
 
-        def read() -> int:
-            while select.select([user], [], [], 0.01)[0]:
-                with suppress(BlockingIOError):
-                    data = os.read(user, 65536)
-                    assert data, "hung up"
-                    got.extend(data)
-            return len(got)
+        def read() -> None:
+            while b"%07d" % (LINES - 1) not in got[-100:]:
+                data = os.read(user, 65536)
+                if not data:
+                    return
+                got.extend(data)
 
-        try:
-            first = time.monotonic()
-            while not read():
-                assert time.monotonic() < first + 30
-            kills = while_it_writes(vmm, read, seed=4)
-            while b"%07d" % (LINES - 1) not in got:
-                read()
-            vmm.running.finish().check()
-        finally:
-            os.close(user)
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
+        kills = while_it_writes(vmm, lambda: len(got), seed=4)
+        reader.join(30)
+        assert not reader.is_alive()
+        vmm.running.finish().check()
+        os.close(user)
     assert kills > 5
     lines = got.decode().replace("\r", "").splitlines(keepends=True)
-    wanted = numbered("hello from hvc0").splitlines(keepends=True)
-    assert lines == wanted[-len(lines):]  # what came before the user opened it may be gone
+    whole = [int(line[:7]) for line in lines if re.fullmatch(r"\d{7}hello from hvc0\n", line)]
+    assert all(later > earlier for earlier, later in itertools.pairwise(whole))
+    assert whole[-1] == LINES - 1
+    assert LINES - whole[0] - len(whole) <= 2 * kills  # a torn line spoils the next one, too

@@ -40,6 +40,17 @@ def runtime_dir(where: Path) -> str:
     return os.readlink(link)
 
 
+def processes(runtime: str) -> dict[int, str]:
+    """Return pid -> command line of every process with that run directory; zombies do not count."""
+    mark = f"XDG_RUNTIME_DIR={runtime}".encode()
+    found = {}
+    for name in filter(str.isdecimal, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            if mark in Path(f"/proc/{name}/environ").read_bytes().split(b"\0"):
+                found[int(name)] = Path(f"/proc/{name}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    return found
+
+
 def run_cellvisor(cmdline: str, where: Path, *, timeout: float = 120.0, disks: Sequence[Path | str] = (),
                   extra: Sequence[str] = (), initramfs: Path | None = None, cpus: int = 1, memory: int = 256,
                   console: str = "off") -> GuestResult:

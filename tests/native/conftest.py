@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,13 +41,21 @@ class _Vm:
 
 @pytest.fixture
 def vm(tmp_path: Path) -> Iterator[Vm]:
-    """Run guests under cellvisor; what still runs at the end of the test is stopped."""
+    """Run guests under cellvisor; what still runs at the end of the test is stopped, and nothing may outlive that."""
     made = _Vm(tmp_path)
     yield made
     for running in made.started:
         running.stop()
     if (tmp_path / "run").is_symlink():
-        shutil.rmtree(cellvisor.runtime_dir(tmp_path), ignore_errors=True)
+        place = cellvisor.runtime_dir(tmp_path)
+        end = time.monotonic() + 10.0
+        while (left := cellvisor.processes(place)) and time.monotonic() < end:
+            time.sleep(0.02)
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(place, ignore_errors=True)
+        assert not left, "processes that outlive their VM"
 
 
 @pytest.fixture

@@ -119,6 +119,9 @@ def starting(vm: Vm) -> Iterator[Callable[..., Steered]]:
 
     yield begin
     for steered in made:
+        if steered.running.process.poll() is not None:  # its controlplane died: a successor has it, or nobody
+            with suppress(CellvisorError):
+                steered.client.call("shutdown")
         steered.client.close()
 
 

@@ -21,6 +21,7 @@ import pytest
 from cellvisor.core.errors import CellvisorError
 from cellvisor.core.wire import places
 from cellvisor.ctl.client import Client
+from tests.native.cellvisor import processes
 from tests.native.guest import GuestResult, Running, build, parse
 
 SHELL = """
@@ -106,14 +107,7 @@ class OwnedVm:
 
     def processes(self) -> dict[int, str]:
         """Return pid -> command line of every process of it; zombies do not count."""
-        mark = f"XDG_RUNTIME_DIR={self.runtime}".encode()
-        found = {}
-        for name in filter(str.isdecimal, os.listdir("/proc")):
-            try:
-                if mark in Path(f"/proc/{name}/environ").read_bytes().split(b"\0"):
-                    found[int(name)] = Path(f"/proc/{name}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except OSError:
-                continue
+        found = processes(self.runtime)
         if self._terminal >= 0:
             found.pop(self.running.process.pid, None)  # the shell
         return found

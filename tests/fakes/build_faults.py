@@ -21,6 +21,7 @@ NATIVE = ROOT / "core" / "_native"
 HEADERS = ("memory.h", "ring.h")
 SOURCES = ("memory.c", "chain.c", "ring.c")
 FAULTS = Path(__file__).with_name("faults.h")
+FLAGS = os.environ.get("CELLVISOR_TEST_CFLAGS", "-O1").split()
 CDEF = """
 #define CV_KILLED ...
 extern int cv_fault_dead;
@@ -44,7 +45,7 @@ def native() -> ModuleType:
     """Return the module, building it if its sources changed (a few seconds)."""
     inputs = [NATIVE / name for name in (*HEADERS, *SOURCES, "ring_private.h")]
     inputs += [FAULTS, Path(__file__)]
-    key = hashlib.sha256(b"\0".join(path.read_bytes() for path in inputs)).hexdigest()[:16]
+    key = hashlib.sha256(b"\0".join([*map(Path.read_bytes, inputs), *map(str.encode, FLAGS)])).hexdigest()[:16]
     name = f"_ring_faults_{key}"
     folder = ROOT / "build" / "faults"
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,8 +71,9 @@ def _build(name: str, folder: Path) -> str:
     ffi.cdef(text)
     ffi.set_source(name, CODE, sources=[str(NATIVE / source) for source in SOURCES],
                    include_dirs=[str(NATIVE), str(FAULTS.parent)],
-                   extra_compile_args=["-O1", "-g", "-std=gnu11", "-D_GNU_SOURCE", "-DCV_FAULTS",
-                                       f"-include{FAULTS}"])
+                   extra_compile_args=[*FLAGS, "-g", "-std=gnu11", "-D_GNU_SOURCE", "-DCV_FAULTS",
+                                       f"-include{FAULTS}"],
+                   extra_link_args=[flag for flag in FLAGS if flag.startswith("-fsanitize")])
     scratch = folder / f"{name}.{os.getpid()}"
     scratch.mkdir()
     built = Path(ffi.compile(tmpdir=str(scratch)))

@@ -323,6 +323,17 @@ class Fleet:
         await asyncio.wait_for(asyncio.shield(drain.ready), READY_TIMEOUT)
         return drain
 
+    async def see_out(self, device_id: str) -> None:
+        """Have a device that is to leave answer its driver: a parked one is drained, a dead one waits no longer.
+
+        Raises CellvisorError.
+        """
+        one = self._latest.get(device_id)
+        if one is not None and one.is_parked:
+            await self.drain(device_id)
+        elif one is not None and one.state is State.DEAD:
+            await self._replace(one, 0.0)
+
     def _drained(self, one: Incarnation) -> None:
         one.state = State.PARKED
         if not one.ready.done():

@@ -14,6 +14,7 @@ from collections.abc import Coroutine, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from cellvisor.controlplane.events import Event
 from cellvisor.controlplane.farewell import answer_of_guest, see_off
 from cellvisor.controlplane.fleet import READY_TIMEOUT, Fleet
 from cellvisor.controlplane.inventory import Device, Wanted
@@ -43,7 +44,7 @@ class Plug:
         self._leaving: dict[str, Operation] = {}   # by device, until it is gone
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        vm.events.add_sink(lambda event: self._on_event(event.name))
+        vm.events.add_sink(self._on_event)
         vm.parts["plug"] = self.as_state
 
     # ---- adding
@@ -126,7 +127,7 @@ class Plug:
             self._unwant(key)  # goes into core's record with the step
             try:
                 if not host_only:
-                    await self._have_it_served(device)
+                    await self._fleet().see_out(key)
                 await self._core().request(CoreVerb.UNPLUG, device=key, force=host_only)
             except CellvisorError as error:
                 if pending is None:
@@ -140,12 +141,12 @@ class Plug:
         self._notified(operation, timeout)
         return operation
 
-    async def _have_it_served(self, device: Device) -> None:
-        """A parked device has nobody to answer the guest's driver while it lets go: have that done."""
-        drain = getattr(self._fleet(), "drain", None)
-        one = next((one for one in self._fleet().latest() if one.device.id == device.id), None)
-        if drain is not None and one is not None and one.is_parked:
-            await drain(device.id)
+    async def _see_out(self, key: str) -> None:
+        """The device was given up while the guest lets it go."""
+        try:
+            await self._fleet().see_out(key)
+        except CellvisorError as error:
+            log.get("plug").error("%s: the guest cannot let go of it: %s", key, error)
 
     async def cancel(self, key: str) -> Operation:
         """Call a pending operation off: a removal is forgotten, a device that no guest took note of is taken out.
@@ -199,11 +200,13 @@ class Plug:
         elif name == "slot.freed":
             self._vm.inventory.unblock(int(properties.get("slot", -1)))
 
-    def _on_event(self, name: str) -> None:
+    def _on_event(self, event: Event) -> None:
         """A machine that ended keeps nothing pending: what leaves has left, what came is there at the next boot."""
-        if name.startswith("operation."):
+        if event.name.startswith("operation."):
             self._vm.changed()
-        if name not in ("vm.shutdown", "vm.crashed"):
+        elif event.name == "device.parked" and event.properties["device"] in self._leaving:
+            self._spawn(self._see_out(event.properties["device"]))
+        if event.name not in ("vm.shutdown", "vm.crashed"):
             return
         for device, operation in list(self._leaving.items()):
             self._vm.inventory.release(device)

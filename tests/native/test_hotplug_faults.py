@@ -149,6 +149,31 @@ def test_a_parked_device_leaves_through_its_drain(start: Callable[..., Steered])
     assert "failed.3=" in vm.running.finish().check().text  # what it waited for came back, as an error
 
 
+def test_a_dead_device_that_is_to_leave_waits_no_longer(start: Callable[..., Steered]) -> None:
+    vm = start("load=1")
+    vm.add(f"path={vm.disk},id=test0,restart_backoff=[600]")
+    vm.done()
+    os.kill(vm.devices()["test0"]["pid"], signal.SIGKILL)
+    eventually(lambda: vm.devices()["test0"]["state"] == "dead", "the death to be noticed")
+    vm.remove()
+    vm.done()
+    vm.running.finish().check()
+
+
+def test_a_device_given_up_while_it_leaves_is_drained(start: Callable[..., Steered]) -> None:
+    vm = start("load=1 errors=1")
+    vm.add(f"path={vm.disk},id=test0,restart_budget=0")
+    vm.done()
+    time.sleep(0.2)
+    vm.client.call("pause")
+    vm.remove()
+    os.kill(vm.devices()["test0"]["pid"], signal.SIGKILL)
+    eventually(lambda: vm.devices()["test0"]["state"] != "serving", "the death to be noticed")
+    vm.client.call("resume")
+    vm.done()
+    vm.running.finish().check()
+
+
 def test_a_controlplane_killed_between_the_steps(start: Callable[..., Steered]) -> None:
     vm = start("removals=999 drive=0")
     before = vm.footprint()

@@ -28,7 +28,6 @@ class Worker:
     ready: asyncio.Future[None]
     state: str = "serving"
     pidfd: int = -1
-    is_parked: bool = False
 
     def close(self) -> None:
         self.state = "closed"
@@ -63,7 +62,7 @@ class Fleet:
     def __init__(self) -> None:
         self.workers: dict[str, Worker] = {}
         self.reason = ""
-        self.drained: list[str] = []
+        self.seen_out: list[str] = []
 
     def latest(self) -> list[Worker]:
         return list(self.workers.values())
@@ -80,8 +79,8 @@ class Fleet:
     def retire(self, key: str) -> Worker | None:
         return self.workers.pop(key, None)
 
-    async def drain(self, key: str) -> None:
-        self.drained.append(key)
+    async def see_out(self, key: str) -> None:
+        self.seen_out.append(key)
 
 
 @dataclass
@@ -274,15 +273,19 @@ def test_two_of_one_name_or_slot() -> None:
     run(work)
 
 
-def test_a_parked_device_is_drained_first() -> None:
+def test_somebody_serves_a_device_until_it_has_left() -> None:
     async def work(vm: Vm) -> None:
         assert vm.fleet is not None
         await vm.plug.add("add-disk", DISK)
-        vm.fleet.workers["data"].is_parked = True
+        vm.events.emit("device.parked", device="data")
+        assert vm.fleet.seen_out == []
         await vm.plug.remove("data")
-        assert vm.fleet.drained == ["data"]
+        assert vm.fleet.seen_out == ["data"]
+        vm.events.emit("device.parked", device="data")  # while it leaves
+        await asyncio.sleep(0)
+        assert vm.fleet.seen_out == ["data"] * 2
         await vm.plug.remove("data", host_only=True)
-        assert vm.fleet.drained == ["data"]
+        assert vm.fleet.seen_out == ["data"] * 2
 
     run(work)
 

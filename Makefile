@@ -13,7 +13,8 @@ test-lab: native ; $(PY) -m pytest -m "lab or slow" tests/lab tests/native  ## e
 lab: native   ; @$(PY) -m tests.lab.shell                                ## a shell in the nested lab
 bench: native ; @$(PY) -m tests.bench                                    ## measure what the design has budgets for
 lint: native  ; .venv/bin/ruff check . && .venv/bin/mypy                 ## ruff and mypy --strict
-native: .venv/ready $(EXTENSION)                                         ## set up .venv, rebuild the C extension if it changed
+# Bytecode too: where PYTHONDONTWRITEBYTECODE is set, each start of a process would compile 100 files again.
+native: .venv/ready $(EXTENSION) ; @$(PY) -m compileall -q core devices controlplane ctl  ## set up .venv, rebuild the C extension if it changed
 clean:        ; rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info $(EXTENSION) core/_native/_native.c  ## all but the lab's cache
 
 .venv/ready: pyproject.toml setup.py .ci/setup ; @.ci/setup

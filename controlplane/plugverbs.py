@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from cellvisor.controlplane.inventory import SLOTS, Wanted
 from cellvisor.controlplane.vmconfig import flat
 from cellvisor.core.errors import UsageError
-from cellvisor.core.wire.control import TEXT
+from cellvisor.core.wire.control import TEXT, VERBS, look_up
 
 if TYPE_CHECKING:
     from cellvisor.controlplane.supervisor import Supervisor
@@ -52,6 +52,8 @@ def table(vm: Supervisor) -> dict[str, Handler]:
     async def validate(args: dict[str, Any]) -> dict[str, Any]:
         options = dict(args)
         verb = options.pop("verb", None)
+        if isinstance(verb, str) and verb in VERBS:
+            look_up(verb)  # says so if it is not supported yet
         if verb not in (*ADDS, "add-virtio"):
             raise UsageError(f"validate: verb={str(verb)[:40]!r} is not one that adds a device",
                              hint=f"verbs: {', '.join((*ADDS, 'add-virtio'))}")

@@ -13,6 +13,8 @@ EXIT_STATUS = """exit status:
   2  the command line is wrong
   3  no such VM
   4  no answer in time, or the VM asks to try again
+  5  adopt: its controlplane is alive
+  130  Ctrl-C; what was asked for goes on
 """
 
 

@@ -65,3 +65,21 @@ def size(flag: str, text: str) -> int:
     except UsageError as error:
         raise UsageError(f"{flag} {text[:80]}: is not a size", hint=error.hint or "a number of bytes, K, M, G or T") \
             from None
+
+
+def count(text: str) -> int:
+    """Read a number that is not negative; a `type` of argparse."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a number from 0 on")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    """Read a time; a `type` of argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 86400:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a number of seconds from 0 to 86400")
+    return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import json
 import os
@@ -14,6 +15,8 @@ from cellvisor.core.errors import CellvisorError, NotFound, TryAgain, UsageError
 from cellvisor.ctl import commands
 from cellvisor.ctl.cli import EXIT_STATUS
 from cellvisor.ctl.client import ENVIRONMENT
+
+ALIASES = {"upgrade-device": "upgrade"}  # the API's name of a verb that has a shorter one here
 
 
 class Command(Protocol):
@@ -31,6 +34,15 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, hint=f"see {self.prog} --help")
 
+    def check_flags(self, argv: list[str]) -> None:
+        """Name a flag that does not exist before anything else is found missing. Raises UsageError."""
+        for word in argv[:argv.index("--")] if "--" in argv else argv:
+            flag = word.partition("=")[0]
+            if flag.startswith("--") and flag not in self._option_string_actions:
+                close = difflib.get_close_matches(flag, self._option_string_actions, 1)
+                hint = f"did you mean {close[0]}? " if close else ""
+                raise UsageError(f"unknown flag {flag[:80]}", hint=f"{hint}see {self.prog} --help")
+
 
 def names() -> list[str]:
     """Return every verb."""
@@ -40,14 +52,14 @@ def names() -> list[str]:
 def load(verb: str) -> Command:
     """Import the file of `verb`. Raises UsageError with the nearest name."""
     known = names()
+    verb = ALIASES.get(verb, verb)
     if verb not in known:
-        import difflib
-
-        from cellvisor.core.wire.control import VERBS
+        from cellvisor.core.wire.control import VERBS, look_up
 
         if verb in VERBS:
-            raise UsageError(f"{verb}: not supported yet", code="not-supported")
-
+            look_up(verb)  # says that it is not supported yet
+        if verb.startswith("-"):
+            raise UsageError(f"unknown flag {verb.partition('=')[0][:80]}", hint="see cellvisor --help")
         close = difflib.get_close_matches(verb, known, 1)
         hint = f"did you mean {close[0]}?" if close else f"verbs: {', '.join(known)}"
         raise UsageError(f"unknown verb {verb[:60]!r}", hint=hint)
@@ -72,6 +84,8 @@ def run(argv: list[str]) -> int:
                          epilog=f"example:\n  {command.EXAMPLE}\n\n{EXIT_STATUS}",
                          formatter_class=argparse.RawDescriptionHelpFormatter)
         command.add_arguments(parser)
+        if argv[0] != "run":
+            parser.check_flags(argv[1:])
         options = parser.parse_args(argv[1:])
         if socket is not None:
             if getattr(options, "vm", None) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING, Any
 
 from cellvisor.core.errors import CellvisorError, Conflict, TryAgain, UsageError
@@ -57,11 +58,15 @@ def follow(client: Client, options: argparse.Namespace, answer: dict[str, Any]) 
         return 0
     key = str(answer.get("operation") or client.call("ops", action="show", id=key)["id"])
     seen: dict[str, Any] = {"state": ""}
-    while seen["state"] not in OVER:
-        now = client.call("ops", action="wait", id=key, seen=seen["state"] or "requested", timeout=TURN)
-        if now["state"] != seen["state"] and not options.json:
-            print(_line(now), flush=True)
-        seen = now
+    try:
+        while seen["state"] not in OVER:
+            now = client.call("ops", action="wait", id=key, seen=seen["state"] or "requested", timeout=TURN)
+            if now["state"] != seen["state"] and not options.json:
+                print(_line(now), flush=True)
+            seen = now
+    except KeyboardInterrupt:
+        print(f"cellvisor: {key} goes on (cellvisor ops wait {key}, or cellvisor ops cancel {key})", file=sys.stderr)
+        raise
     if seen["state"] != "done":
         raise outcome(seen)
     return common.show_json({**answer, "operation": seen}) if options.json else 0

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add VM, --json, -f and --since."""
     common.add_vm(parser)
     parser.add_argument("-f", "--follow", action="store_true", help="go on until the VM ends")
-    parser.add_argument("--since", type=int, default=0, metavar="SEQ", help="only events after this number")
+    parser.add_argument("--since", type=common.count, default=0, metavar="SEQ", help="only events after this number")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add VM, --json, -f and --lines."""
     common.add_vm(parser)
     parser.add_argument("-f", "--follow", action="store_true", help="go on until the VM ends")
-    parser.add_argument("-n", "--lines", type=int, metavar="N", help="only the last N lines")
+    parser.add_argument("-n", "--lines", type=common.count, metavar="N", help="only the last N lines")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", nargs="?", default="list", choices=ACTIONS)
     parser.add_argument("id", nargs="?", metavar="ID", help="an operation, or a device for its latest one")
     parser.add_argument("--vm", metavar="VM", help="name or path; not needed with a single VM running")
-    parser.add_argument("--timeout", type=float, default=30.0, metavar="SECONDS", help="for wait (30)")
+    parser.add_argument("--timeout", type=common.seconds, default=30.0, metavar="SECONDS", help="for wait (30)")
     common.add_json(parser)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from cellvisor.ctl import plugging
+from cellvisor.ctl import common, plugging
 
 HELP = "Have the guest give a device back, then end it."
 EXAMPLE = "cellvisor remove-device web data"
@@ -13,7 +13,7 @@ EXAMPLE = "cellvisor remove-device web data"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add VM, ID, --timeout, --host-only and --no-wait."""
     plugging.add_words(parser, "ID", "the device's name, see cellvisor devices")
-    parser.add_argument("--timeout", type=float, default=30.0, metavar="SECONDS",
+    parser.add_argument("--timeout", type=common.seconds, default=30.0, metavar="SECONDS",
                         help="how long the guest may take before it counts as silent (30)")
     parser.add_argument("--host-only", action="store_true",
                         help="take the device away without asking: the guest's driver is not prepared, loses what it "

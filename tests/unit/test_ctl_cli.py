@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -53,8 +54,8 @@ def no_vm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_ready_verb_has_a_command_with_an_example() -> None:
-    named = {"upgrade-device": "upgrade"}  # where command and verb have different names
-    assert {named.get(verb.name, verb.name) for verb in VERBS.values() if verb.ready} <= set(dispatch.names())
+    ready = {dispatch.ALIASES.get(verb.name, verb.name) for verb in VERBS.values() if verb.ready}
+    assert ready <= set(dispatch.names())
     for name in dispatch.names():
         command = dispatch.load(name)
         assert command.EXAMPLE.startswith(f"cellvisor {name}"), name
@@ -99,7 +100,16 @@ def test_exit_status(error: Exception, status: int) -> None:
 @pytest.mark.usefixtures("no_vm")
 @pytest.mark.parametrize(("argv", "status", "line"), [
     (["pnig"], 2, "unknown verb 'pnig' (did you mean ping?)"),
-    (["ping", "--wrong"], 2, "unrecognized arguments: --wrong (see cellvisor ping --help)"),
+    (["--pnig"], 2, "unknown flag --pnig (see cellvisor --help)"),
+    (["ping", "--frobnicate"], 2, "unknown flag --frobnicate (see cellvisor ping --help)"),
+    (["ping", "--jsn"], 2, "unknown flag --jsn (did you mean --json? see cellvisor ping --help)"),
+    (["resize-disk", "--dsk=_disk0"], 2, "unknown flag --dsk (did you mean --disk?"),
+    (["ping", "web", "more"], 2, "unrecognized arguments: more"),
+    (["logs", "-n", "-2"], 2, "argument -n/--lines: "),
+    (["events", "--since", "x"], 2, "argument --since: 'x' is not a number from 0 on"),
+    (["ops", "wait", "op1", "--timeout", "nan"], 2, "argument --timeout: 'nan' is not a number of seconds"),
+    (["remove-device", "d", "--timeout=-1"], 2, "argument --timeout: '-1' is not a number of seconds"),
+    (["upgrade-device", "d"], 3, "no VM is running"),
     (["ping"], 3, "no VM is running (start one with cellvisor run)"),
     (["ping", "web"], 3, "no VM 'web' is running (none is running; start one with cellvisor run)"),
     (["ping", "/no/such"], 3, "no VM is running in /no (see cellvisor ls)"),
@@ -158,6 +168,46 @@ def test_refusals_of_the_vm(vm: str, capsys: pytest.CaptureFixture[str]) -> None
     assert dispatch.run(["pause"]) == 1
     assert "cellvisor: the VM is paused already" in capsys.readouterr().err
     dispatch.run(["resume"])
+
+
+@pytest.mark.usefixtures("vm")
+@pytest.mark.parametrize("verb", [verb.name for verb in VERBS.values() if not verb.ready])
+def test_what_comes_later_says_so(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in ([verb, "tap=x"], [verb, "--help"], ["validate", verb, "tap=x"]):
+        assert dispatch.run(argv) == 2
+        assert capsys.readouterr().err == f"cellvisor: {verb}: not supported yet\n"
+
+
+@pytest.mark.usefixtures("vm")
+def test_a_dry_run_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert dispatch.run(["capacity", "--json"]) == 0
+    before = capsys.readouterr().out
+    assert dispatch.run(["validate", "add-disk", "path=x,id=dry"]) == 0
+    assert capsys.readouterr().out.startswith("would become dry (blk) at 0000:00:")
+    assert dispatch.run(["validate", "add-disk", "pth=x"]) == 2
+    assert "unknown key 'pth' (did you mean path?" in capsys.readouterr().err
+    assert dispatch.run(["capacity", "--json"]) == 0
+    assert capsys.readouterr().out == before
+
+
+@pytest.mark.usefixtures("vm")
+def test_ctrl_c_leaves_the_operation_and_says_which(capsys: pytest.CaptureFixture[str]) -> None:
+    assert dispatch.run(["add-rng", "id=slow", "--no-wait", "--json"]) == 0
+    operation = json.loads(capsys.readouterr().out)["operation"]
+    assert dispatch.run(["ops", "show", operation]) == 0
+    assert "guest-notified" in capsys.readouterr().out
+    command = subprocess.Popen([sys.executable, "-c", MAIN, "add-rng", "id=slower"], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert command.stdout is not None and "guest-notified" in command.stdout.readline()
+    command.send_signal(signal.SIGINT)
+    _, err = command.communicate(timeout=60)
+    assert command.returncode == 130
+    assert err.startswith("cellvisor: op") and "goes on (cellvisor ops wait op" in err
+    assert err.count("\n") == 1
+    assert dispatch.run(["ops", "show", "slower"]) == 0
+    assert "guest-notified" in capsys.readouterr().out
+    for device in ("slow", "slower"):
+        assert dispatch.run(["ops", "cancel", device]) == 0
 
 
 def test_nothing_slow_is_imported(vm: str) -> None:

@@ -183,7 +183,7 @@ class Nurseries:
     def tidy(self) -> None:
         """Have older nurseries end that no device is at home in any more."""
         for number in set(self._links) - {self.present, *self.homes.values()}:
-            self._links[number].quit()
+            self._links[number].quit(spare=True)  # the present one answers for its wards next, see _lost()
 
     def stopping(self) -> None:
         """From now on a nursery that ends does what it should."""

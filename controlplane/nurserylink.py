@@ -72,10 +72,10 @@ class NurseryLink:
         finally:
             self._waiting.pop((device, generation), None)
 
-    def quit(self) -> None:
-        """Ask the nursery to end, with whatever workers are left."""
+    def quit(self, *, spare: bool = False) -> None:
+        """Ask the nursery to end, with whatever workers are left; `spare` those that others forked."""
         with contextlib.suppress(OSError, CellvisorError):
-            self._send({"k": ToNursery.QUIT})
+            self._send({"k": ToNursery.QUIT, "spare": spare})
 
     def close(self) -> None:
         """Stop listening to it."""

@@ -155,6 +155,8 @@ class Nursery:
                 raise NotFound(f"no worker {body.get('device')}/{body.get('generation')}")
             _kill(child)
         elif kind == ToNursery.QUIT:
+            if body.get("spare") is True:
+                self._release_wards()
             self._reactor.stop()
         else:
             raise UsageError(f"unknown request {str(kind)[:40]!r}", hint=f"known: {', '.join(ToNursery)}")
@@ -195,6 +197,12 @@ class Nursery:
             del self._wards[pid]
 
         self._reactor.add(pidfd, ended)
+
+    def _release_wards(self) -> None:
+        for pidfd in self._wards.values():
+            self._reactor.remove(pidfd)
+            os.close(pidfd)
+        self._wards.clear()
 
     def _reap(self, child: Child) -> None:
         """Collect a child that ended, if it did, and report it."""

@@ -104,6 +104,7 @@ def test_new_code_serves_the_same_guest(tmp_path: Path, disk: Path, site: Site) 
             wait_for(lambda: len(vm.pids("nursery")) == 2, "nurseries that nobody needs to end")
             assert first in vm.pids("nursery"), "the other devices are at home there"
         assert life(vm) == ("serving", 5)
+        assert {one["generation"] for one in vm.call("devices")["devices"] if one["id"] != "data"} == {1}
         vm.call("upgrade-device", id="all")
         wait_for(lambda: len(vm.pids("nursery")) == 1, "the old nurseries to end")
         assert vm.pids("nursery") != [first]

@@ -20,7 +20,7 @@ from cellvisor.controlplane import processes, rundir
 from cellvisor.controlplane.flags import RunFlags
 from cellvisor.controlplane.terminal import Terminal
 from cellvisor.core import log
-from cellvisor.core.errors import CellvisorError, UsageError
+from cellvisor.core.errors import CellvisorError, Conflict, UsageError
 from cellvisor.core.wire import places
 
 if TYPE_CHECKING:
@@ -99,10 +99,11 @@ def _adopt(argv: list[str], programs: processes.Programs, pending: list[int], be
     parser.add_argument("name", metavar="VM")
     parser.add_argument("-v", dest="verbosity", action="count", default=0)
     parser.add_argument("--as-successor", action="store_true", help=argparse.SUPPRESS)  # a nursery says this
+    parser.add_argument("--wait", action="store_true", help="while another steers the VM, wait to take its place")
     given = parser.parse_args(argv)
     log.setup("controlplane", given.verbosity)
     with contextlib.ExitStack() as stack:
-        claimed = rundir.adopt(given.name)
+        claimed = _adopt_in_turn(given.name, pending) if given.wait else rundir.adopt(given.name)
         stack.callback(claimed.let_go)
 
         async def supervise() -> Ending:
@@ -119,6 +120,18 @@ def _adopt(argv: list[str], programs: processes.Programs, pending: list[int], be
             return await vm.run(pending)
 
         return _loop(supervise)
+
+
+def _adopt_in_turn(name: str, pending: list[int]) -> rundir.RunDir:
+    """Adopt the VM as soon as nobody steers it. Raises NotFound when it has ended."""
+    while not pending:
+        try:
+            return rundir.adopt(name)
+        except Conflict as error:
+            if error.code != "in-charge":
+                raise
+        time.sleep(0.2)
+    raise SystemExit(128 + pending[0])
 
 
 def _loop(supervise: Callable[[], Awaitable[Ending]]) -> Ending:

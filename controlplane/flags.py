@@ -52,6 +52,7 @@ class RunFlags:
     event_monitor: str | None = None
     report: str | None = None
     api_socket: str | None = None
+    metrics: str | None = None
 
     @property
     def order(self) -> Order | None:
@@ -94,6 +95,7 @@ def parse(argv: list[str]) -> RunFlags:
         event_monitor=_event_monitor(given.event_monitor),
         report=given.report,
         api_socket=api_socket,
+        metrics=None if given.metrics is None else _metrics(given.metrics),
     )
 
 
@@ -120,6 +122,7 @@ def _make_parser() -> _Parser:
     add("--api-socket", metavar="PATH",
         help="serve Cloud Hypervisor's HTTP API: PATH, path=PATH or fd=N; without --kernel wait for vm.create")
     add("--event-monitor", metavar="path=P|fd=N", help="write every event as a JSON record")
+    add("--metrics", metavar="PATH|tcp://127.0.0.1:PORT", help="serve Prometheus metrics at a socket or local port")
     add("--log-file", metavar="PATH", help="collect the log of all processes of the VM (`log` in its run directory)")
     add("--report", metavar="PATH", help="at the end write processes, memory and boot stages as JSON")
     add("-v", "--verbose", action="count", default=0, help="log more to stderr; twice for debugging")
@@ -167,6 +170,12 @@ def _event_monitor(text: str | None) -> str | None:
     if key == "fd" and value.isdecimal():
         return f"/proc/self/fd/{value}"
     raise UsageError(f"--event-monitor {text[:80]!r}", hint="write path=FILE or fd=NUMBER")
+
+
+def _metrics(text: str) -> str:
+    from cellvisor.controlplane.metricsdoor import check_place  # asyncio, for those who ask for it
+
+    return check_place(text)
 
 
 def _was_given(argv: list[str], flag: str) -> bool:

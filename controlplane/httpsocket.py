@@ -20,7 +20,7 @@ CHUNK = 1 << 16
 MAX_FDS = 64  # of one request
 
 
-def listen(where: str) -> tuple[socket.socket, str | None]:
+def listen(where: str, flag: str = "--api-socket") -> tuple[socket.socket, str | None]:
     """Listen at a path, mode 0600, or on inherited descriptor `fd=N`; returns the path that is ours to remove.
 
     The socket file of a process that is gone is replaced. Raises UsageError or Conflict.
@@ -30,12 +30,12 @@ def listen(where: str) -> tuple[socket.socket, str | None]:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         os.fchmod(sock.fileno(), 0o600)  # bind gives the file this mode
-        _make_room(where)
+        _make_room(where, flag)
         _appear(sock, where)
         sock.setblocking(False)
     except OSError as error:
         sock.close()
-        raise UsageError(f"--api-socket {where}: {error.strerror}") from None
+        raise UsageError(f"{flag} {where}: {error.strerror}") from None
     except BaseException:
         sock.close()
         raise
@@ -72,11 +72,11 @@ def _inherited(fd: int) -> socket.socket:
     return sock
 
 
-def _make_room(path: str) -> None:
+def _make_room(path: str, flag: str) -> None:
     """Remove a socket file that nobody listens at."""
     try:
         if not stat.S_ISSOCK(os.stat(path, follow_symlinks=False).st_mode):
-            raise Conflict(f"--api-socket {path}: exists and is not a socket", hint="choose another path")
+            raise Conflict(f"{flag} {path}: exists and is not a socket", hint="choose another path")
     except FileNotFoundError:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
@@ -89,7 +89,7 @@ def _make_room(path: str) -> None:
             return
         except BlockingIOError:
             pass  # its backlog is full: somebody is there
-    raise Conflict(f"--api-socket {path}: another process listens there", hint="choose another path")
+    raise Conflict(f"{flag} {path}: another process listens there", hint="choose another path")
 
 
 class Wire:

@@ -28,9 +28,22 @@ def memory_kib(pid: int) -> dict[str, int]:
     return {key: int(value[1]) for key, value in found.items() if value}
 
 
+def cpu_seconds(pid: int, thread: int | None = None) -> float | None:
+    """Return the CPU time, user and system, of a process or of one of its threads; None if it is gone."""
+    task = "" if thread is None else f"/task/{thread}"
+    try:
+        with open(f"/proc/{pid}{task}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def process(role: str, pid: int, parent: int, **more: Any) -> dict[str, Any]:
     """Describe one process of the VM."""
-    return {"role": role, "pid": pid, "parent": parent, **memory_kib(pid), **more}
+    cpu = cpu_seconds(pid)
+    return {"role": role, "pid": pid, "parent": parent, **memory_kib(pid), **more,
+            **({} if cpu is None else {"cpu": cpu})}
 
 
 class Stages:

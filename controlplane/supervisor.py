@@ -15,7 +15,7 @@ import signal
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import zmq.asyncio
 
@@ -42,6 +42,9 @@ from cellvisor.core import log
 from cellvisor.core.errors import CellvisorError, Internal
 from cellvisor.core.wire import places
 from cellvisor.core.wire.messages import CoreVerb
+
+if TYPE_CHECKING:
+    from cellvisor.controlplane.metricsdoor import MetricsDoor
 
 CORE_TIMEOUT = 60.0  # loading a big kernel and prefaulting guest RAM take their time
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -86,6 +89,7 @@ class Supervisor:
         self.parts: dict[str, Callable[[], Any]] = {}  # what others want recorded in core, by their key
         self.plug = Plug(self)
         self._api: Api | None = None
+        self._metrics: MetricsDoor | None = None
         self._stopping = False
         self.memory_effects: dict[str, Any] = {}
 
@@ -148,8 +152,13 @@ class Supervisor:
 
     def open_api(self) -> None:
         """Serve requests from now on."""
-        self._api = Api(self._context, self.rundir, self.events, Desk(Verbs(self).serve),
-                        self.flags.api_socket)
+        verbs = Verbs(self)
+        self._api = Api(self._context, self.rundir, self.events, Desk(verbs.serve), self.flags.api_socket)
+        if self.flags.metrics is not None:
+            from cellvisor.controlplane import metrics, metricsdoor
+
+            self._metrics = metricsdoor.MetricsDoor(
+                self.flags.metrics, lambda: metrics.collect(verbs.serve, self.rundir.name))
 
     async def _connect(self) -> None:
         """Wait for core and the nursery, and learn which device types there are."""
@@ -367,6 +376,8 @@ class Supervisor:
                 await self._change
         self.events.emit("vmm.shutdown")
         await self._end_machine()
+        if self._metrics is not None:
+            await self._metrics.close()
         if self._api is not None:
             await self._api.close()
         self._context.destroy(linger=200)

@@ -112,7 +112,7 @@ class Verbs:
             "state": str(machine.state), "reason": machine.reason, "resets": machine.resets,
             "memory": machine.ram.size if machine.ram else 0,
             "memory_effects": machine.ram.effects if machine.ram else {},
-            "vcpus": [{**vcpu.counters(), "where": vcpu.where() if machine.paused else ""}
+            "vcpus": [{**vcpu.counters(), "thread": vcpu.thread, "where": vcpu.where() if machine.paused else ""}
                       for vcpu in machine.vcpus],
             "first_entry_ns": board.first_entry_ns if board else 0,
             "stages": [list(stage) for stage in machine.platform.stages()] if machine.platform else [],

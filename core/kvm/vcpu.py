@@ -121,6 +121,11 @@ class Vcpu:
         """Tell the guest's watchdogs that time stood still (KVM_KVMCLOCK_CTRL); a guest without is fine."""
         lib.cv_ioctl(self.fd, lib.KVM_KVMCLOCK_CTRL, 0)
 
+    @property
+    def thread(self) -> int:
+        """The kernel's id of its thread, 0 while there is none."""
+        return (self._thread.native_id or 0) if self._thread is not None else 0
+
     def counters(self) -> dict[str, int]:
         """Return how often this vCPU entered the guest and why it came back."""
         found = self.c.counters

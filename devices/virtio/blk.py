@@ -7,6 +7,7 @@ and the guest's buffers. Whatever the guest says is checked against the capacity
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -58,6 +59,7 @@ class Blk(DeviceBase):
         self._sectors = self.disk.size // SECTOR
         self._write_through = False
         self._counts = dict.fromkeys(self.COUNTERS, 0)
+        self._busy = 0.0  # seconds, which its counter tells in us
         self._serve = {virtio.BLK_T_IN: self._read, virtio.BLK_T_OUT: self._write,
                        virtio.BLK_T_FLUSH: self._flush, virtio.BLK_T_GET_ID: self._get_id}
         if not options.readonly:
@@ -65,7 +67,7 @@ class Blk(DeviceBase):
             if options.sparse:
                 self._serve[virtio.BLK_T_DISCARD] = self._discard
 
-    COUNTERS: ClassVar[tuple[str, ...]] = ("read_bytes", "write_bytes", "read_ops", "write_ops", "errors")
+    COUNTERS: ClassVar[tuple[str, ...]] = ("read_bytes", "write_bytes", "read_ops", "write_ops", "errors", "busy_us")
 
     @staticmethod
     def _pin(cpus: list[int]) -> None:
@@ -113,6 +115,7 @@ class Blk(DeviceBase):
         written, status = 0, virtio.BLK_S_UNSUPP
         if serve is not None:
             self.host.enter_syscall()
+            began = time.perf_counter()
             try:
                 written, status = serve(chain, sector, room), virtio.BLK_S_OK
             except Refused as refusal:
@@ -124,6 +127,7 @@ class Blk(DeviceBase):
                 if self._counts["errors"] <= 10:  # a broken disk must not fill the log
                     self.host.log(f"request type {kind} at sector {sector}: {error}")
             finally:
+                self._busy += time.perf_counter() - began
                 self.host.leave_syscall()
         chain.write(bytes([status]), room)
         return written + 1
@@ -200,7 +204,7 @@ class Blk(DeviceBase):
         wait_released(options.path)
 
     def counters(self) -> dict[str, int]:
-        return dict(self._counts)
+        return {**self._counts, "busy_us": int(self._busy * 1e6)}
 
     def close(self) -> None:
         self.disk.close()

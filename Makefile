@@ -2,6 +2,8 @@
 PY := .venv/bin/python
 C_PARTS := $(filter-out %/_native.c,$(wildcard core/_native/*.[ch] core/_native/*.cdef core/_native/build_native.py))
 EXTENSION := core/_native/_native.abi3.so
+# After `make test` "slow" is what is left.
+LAB_TESTS := lab or slow
 FAST := tests/lint tests/unit tests/contract tests/native
 
 .PHONY: help demo test test-fast test-lab lab bench lint native clean
@@ -9,7 +11,7 @@ help:         ; @sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)  ## this 
 demo: native  ; @$(PY) -m tests.lab.demo                                 ## boot Debian with every device in its own process
 test: lint    ; $(PY) -m pytest -m "not slow"                            ## set up, check and run the tests, Linux boots included
 test-fast: lint ; $(PY) -m pytest -q -m "not slow and not lab" $(FAST)   ## the tests that boot no Linux
-test-lab: native ; $(PY) -m pytest -m "lab or slow" tests/lab tests/native  ## every test in the nested lab, and the long storm
+test-lab: native ; $(PY) -m pytest -m "$(LAB_TESTS)" tests/lab tests/native  ## every test in the nested lab, and the long storm
 lab: native   ; @$(PY) -m tests.lab.shell                                ## a shell in the nested lab
 bench: native ; @$(PY) -m tests.bench                                    ## measure what the design has budgets for
 lint: native  ; .venv/bin/ruff check . && .venv/bin/mypy                 ## ruff and mypy --strict

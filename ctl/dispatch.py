@@ -66,9 +66,18 @@ def load(verb: str) -> Command:
     return cast("Command", importlib.import_module(f"{commands.__name__}.{verb.replace('-', '_')}"))
 
 
+def parser(verb: str, command: Command) -> _Parser:
+    """Return what reads the arguments of `verb`."""
+    made = _Parser(prog=f"cellvisor {verb}", description=command.HELP, allow_abbrev=False,
+                   epilog=f"example:\n  {command.EXAMPLE}\n\n{EXIT_STATUS}",
+                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.add_arguments(made)
+    return made
+
+
 def run(argv: list[str]) -> int:
     """Run one command; return the exit status."""
-    as_json = "--json" in argv
+    as_json = "--json" in argv[:argv.index("--") if "--" in argv else None]
     try:
         argv, socket = _take_socket(argv)
         if not argv or argv[0] in ("-h", "--help"):
@@ -80,13 +89,10 @@ def run(argv: list[str]) -> int:
             print(f"cellvisor {__version__}")
             return 0
         command = load(argv[0])
-        parser = _Parser(prog=f"cellvisor {argv[0]}", description=command.HELP, allow_abbrev=False,
-                         epilog=f"example:\n  {command.EXAMPLE}\n\n{EXIT_STATUS}",
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
-        command.add_arguments(parser)
+        reader = parser(argv[0], command)
         if argv[0] != "run":
-            parser.check_flags(argv[1:])
-        options = parser.parse_args(argv[1:])
+            reader.check_flags(argv[1:])
+        options = reader.parse_args(argv[1:])
         if socket is not None:
             if getattr(options, "vm", None) is not None:
                 raise UsageError(f"both --api-socket and VM {options.vm[:80]!r} are given", hint="give one of them")
@@ -110,7 +116,9 @@ def _take_socket(argv: list[str]) -> tuple[list[str], str | None]:
     rest, found = [], None
     words = iter(argv)
     for word in words:
-        if word == "--api-socket":
+        if word == "--":
+            rest += [word, *words]
+        elif word == "--api-socket":
             found = next(words, "")
         elif word.startswith("--api-socket="):
             found = word.partition("=")[2]

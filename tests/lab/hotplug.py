@@ -1,0 +1,145 @@
+"""What the hotplug tests ask of a VM and its guest, and a guest that they share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from cellvisor.core.errors import CellvisorError
+from cellvisor.ctl.client import Client
+from tests.lab import fio
+from tests.lab.guest import Linux
+
+SECONDS = 180.0  # the lab is slow; on real hardware all of it takes milliseconds
+MIB = 1 << 20
+USUAL = ["00", "01", "02", "03", "04", "05"]  # slots
+
+
+def sparse(path: Path, size: int = 16 * MIB) -> Path:
+    """Make an empty raw image."""
+    with path.open("wb") as file:
+        file.truncate(size)
+    return path
+
+
+def client_of(guest: Linux) -> Client:
+    """Connect to the guest's VM."""
+    def connect() -> Client | None:
+        for directory in (guest.folder / "cellvisor").glob("*"):
+            with suppress(CellvisorError):
+                return Client(str(directory), timeout=SECONDS)
+        return None
+
+    client: Client = eventually(connect, "the API")
+    return client
+
+
+def eventually(condition: Callable[[], Any], what: str) -> Any:
+    """Wait until `condition` is true and return what it gave."""
+    until = time.monotonic() + SECONDS
+    while not (found := condition()):
+        assert time.monotonic() < until, f"waited in vain for {what}"
+        time.sleep(0.1)
+    return found
+
+
+def add(client: Client, verb: str = "add-disk", **options: Any) -> dict[str, str]:
+    """Add a device and return what Cloud Hypervisor would answer."""
+    answer = client.call(verb, **options)
+    return {"id": answer["id"], "bdf": answer["bdf"]}
+
+
+def outcome(client: Client, key: str, timeout: float = SECONDS) -> dict[str, Any]:
+    """Wait up to `timeout` seconds for the end of the latest operation of a device and return it."""
+    until = time.monotonic() + timeout
+    while True:
+        left = max(0.0, until - time.monotonic())
+        answer: dict[str, Any] = client.call("ops", action="wait", id=key, timeout=min(left, 30.0))
+        if left == 0 or answer["state"] not in ("requested", "guest-notified"):
+            return answer
+
+
+def is_done(client: Client, key: str) -> None:
+    """Wait until it is done."""
+    operation = outcome(client, key)
+    assert operation["state"] == "done", operation
+
+
+def remove(client: Client, key: str) -> None:
+    """Remove a device and wait until it is gone."""
+    client.call("remove-device", id=key, timeout=SECONDS)
+    is_done(client, key)
+
+
+def device(client: Client, key: str) -> dict[str, Any]:
+    """Return what the VM knows of a device, {} if there is none."""
+    found: list[dict[str, Any]] = client.call("devices")["devices"]
+    return next((one for one in found if one["id"] == key), {})
+
+
+def slots(guest: Linux) -> list[str]:
+    """Return the slots that the guest sees, in hexadecimal."""
+    return [line[3:5] for line in guest.run("lspci").splitlines()]
+
+
+def disk_in(guest: Linux, slot: int) -> str:
+    """Return the name of the disk in a slot once the driver has it."""
+    where = f"ls /sys/bus/pci/devices/0000:00:{slot:02x}.0/virtio*/block 2>/dev/null"
+    name: str = eventually(lambda: guest.try_run(where).output.strip(), f"a disk in slot {slot}")
+    return name
+
+
+def usual(folder: Path, tools: bool = False) -> Linux:
+    """Console, three disks and the rng: the next slot is 6, as in Cloud Hypervisor's usual VM.
+
+    With `tools` the first disk has fio on it, and fio.install() is the caller's to do.
+    """
+    first = f"path={fio.make(folder / 'fio.img')},readonly=on" if tools else f"path={sparse(folder / 'disk0.raw')}"
+    return Linux("cloud", disks=[first, *(f"path={sparse(folder / f'disk{number}.raw')}" for number in (1, 2))])
+
+
+class Shared:
+    """A usual guest with fio for tests that give back all they added; one that did not costs a new guest.
+
+        none --get()--> running --give_back()--> running, or none if it is not as it was
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._running: tuple[Linux, Client] | None = None
+
+    def get(self) -> tuple[Linux, Client]:
+        """Return the guest and a connection to its VM."""
+        if self._running is None:
+            guest = usual(self._folder, tools=True)
+            guest.__enter__()
+            try:
+                fio.install(guest, "vda")
+                self._running = guest, client_of(guest)
+            except BaseException:
+                guest.close()
+                raise
+        return self._running
+
+    def give_back(self) -> None:
+        """Check that the guest has what it had and complains of nothing."""
+        guest, client = self.get()
+        try:
+            assert [one["id"] for one in client.call("devices")["devices"]] == [
+                "__console", "_disk0", "_disk1", "_disk2", "__rng"]
+            assert slots(guest) == USUAL
+            assert guest.run("dmesg | grep -iE 'acpi.*error|warning:|bug:|hung task|stall'; true") == ""
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the guest."""
+        if self._running is not None:
+            guest, client = self._running
+            self._running = None
+            client.close()
+            guest.close()

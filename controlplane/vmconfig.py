@@ -31,11 +31,11 @@ _MEMORY_LATER: Mapping[str, tuple[Any, ...]] = {
     "hugepage_size": _NOTHING, "reserve": _NOTHING, "zones": _NOTHING, "shared": (None, False, True)}
 _PAYLOAD_LATER: Mapping[str, tuple[Any, ...]] = dict.fromkeys(("firmware", "igvm", "host_data"), _NOTHING)
 _LIMITS = {"bandwidth": "bw", "ops": "ops"}
-# ch-remote spells out every key of a disk; how it is locked and read is the device's to choose.
+# ch-remote spells out every key of a device; how a disk is locked and read is the device's to choose.
 _IDLE: Mapping[str, tuple[Any, ...]] = {
     **dict.fromkeys(("vhost_user", "vhost_socket", "rate_limit_group", "backing_files"), (None, False)),
     **dict.fromkeys(("disable_io_uring", "disable_aio"), (None, False, True)),
-    "lock_granularity": (None, "Full", "ByteRange"), "image_type": (None, "Unknown")}
+    "vhost_mode": (None, "Client"), "lock_granularity": (None, "Full", "ByteRange"), "image_type": (None, "Unknown")}
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,6 +124,21 @@ def is_silent(verb: Verb) -> bool:
     return bool(verb.path) and not verb.reads and not verb.answers
 
 
+# What ch-remote's subcommands ask, by its own documentation.
+CH_REMOTE = {
+    "GET": "vmm.ping vm.info vm.counters",
+    "PUT": "vmm.shutdown vm.create vm.delete vm.boot vm.pause vm.resume vm.shutdown vm.reboot vm.power-button vm.nmi "
+           "vm.resize vm.resize-disk vm.resize-zone vm.add-device vm.add-user-device vm.add-disk vm.add-fs "
+           "vm.add-generic-vhost-user vm.add-pmem vm.add-net vm.add-vdpa vm.add-vsock vm.remove-device vm.snapshot "
+           "vm.restore vm.coredump vm.receive-migration vm.send-migration"}
+
+
+@pytest.mark.parametrize("method", CH_REMOTE)
+def test_every_path_of_ch_remote_is_a_verb(method: str) -> None:
+    assert set(CH_REMOTE[method].split()) == {
+        verb.path for verb in VERBS.values() if verb.path and verb.reads == (method == "GET")}
+
+
 @pytest.mark.parametrize("over", OVER)
 @pytest.mark.parametrize("name", [name for name in VERBS if name not in ENDING])
 def test_every_verb(booted: Vm, name: str, over: str) -> None:

@@ -137,7 +137,11 @@ class Life:
         device = self._vm.inventory.get(args["id"])
         if device.verb != "disk":
             raise UsageError(f"resize-disk: id={device.id} is not a disk but {device.type}")
-        await self._vm.require_core().request(CoreVerb.CALL, RESIZE_TIMEOUT, device=device.id, verb="resize",
-                                              args={"size": args["desired_size"]})
-        self._vm.events.emit("device.resized", device=device.id, size=args["desired_size"])
-        return {}
+        if self._vm.state == "Created":
+            raise Conflict("resize-disk: the VM is not running", hint="its disks can be changed on the host")
+        core = self._vm.require_core()
+        with self._vm.plug.operations.step("resize-disk", device.id, device.bdf) as operation:
+            await core.request(CoreVerb.CALL, RESIZE_TIMEOUT, device=device.id, verb="resize",
+                               args={"size": args["desired_size"]})
+            self._vm.events.emit("device.resized", device=device.id, size=args["desired_size"])
+        return {"id": device.id, "operation": operation.id}

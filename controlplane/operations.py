@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 from cellvisor.controlplane.events import EventLog
-from cellvisor.core.errors import Conflict, NotFound
+from cellvisor.core.errors import CellvisorError, Conflict, NotFound
 
 KEPT = 512
+STEPS = ("resize-disk",)  # verbs that a device answers by itself: whoever asked learns the end
 
 
 class OpState(StrEnum):
@@ -85,6 +87,18 @@ class Operations:
             self._kept.pop(old, None)
         self._tell(operation)
         return operation
+
+    @contextlib.contextmanager
+    def step(self, verb: str, device: str, bdf: str) -> Iterator[Operation]:
+        """Note something that ends with the block: done, or refused with the error that it raises."""
+        operation = self.begin(verb, device, bdf)
+        try:
+            yield operation
+        except BaseException as error:
+            known = isinstance(error, CellvisorError)
+            self.move(operation, OpState.REFUSED if known else OpState.CANCELLED, str(error) if known else "it ended")
+            raise
+        self.move(operation, OpState.DONE)
 
     def move(self, operation: Operation, state: OpState, reason: str = "") -> None:
         """Change the state. Raises Conflict for a change that the picture above does not have."""
@@ -154,3 +168,5 @@ class Operations:
             one = Operation(**{**entry, "state": OpState(entry["state"])})
             one.began = time.monotonic() - max(0.0, now - one.asked)
             self._kept[one.id] = one
+            if one.verb in STEPS and not one.is_over:
+                self.move(one, OpState.REFUSED, "the controlplane died before it had the answer")

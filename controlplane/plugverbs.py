@@ -23,7 +23,7 @@ def table(vm: Supervisor) -> dict[str, Handler]:
     def adds(verb: str) -> Handler:
         async def add(args: dict[str, Any]) -> dict[str, Any]:
             device = await vm.plug.add(verb, wanted(verb, args))
-            operation = vm.plug.operations.latest(device.id)
+            operation = vm.plug.operations.latest(device.id, "add")
             return {"id": device.id, "bdf": device.bdf, "operation": operation.id if operation else "",
                     "plugged": vm.state != "Created"}
         return add

@@ -15,7 +15,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, Protocol
 
@@ -85,6 +85,7 @@ class Worker:
     pidfd: int = -1
     expelled: bool = False
     poisoned: int = 0
+    config: bytes = b""  # as it said HELLO
     calls: dict[int, Callable[[Any, CellvisorError | None], None]] = field(default_factory=dict)
 
 
@@ -263,6 +264,7 @@ class Link:
                 self.spec.queues, self.spec.virtio_id, self.spec.private_size):
             raise UsageError("its shape differs from its predecessor's")
         worker.state = WorkerState.GREETED
+        worker.config = spec.config
         if worker.connection is not None:
             self.home.offer(worker.connection)
 
@@ -295,6 +297,8 @@ class Link:
         if worker.connection is None:
             raise UsageError("READY without descriptors")
         worker.state = WorkerState.SERVING
+        if self.spec is not None and len(worker.config) == len(self.spec.config):
+            self._publish(worker.config)  # its predecessor may have died before it told
         if self.pending_reset is not None:
             self.send(ToWorker.RESET, epoch=self.pending_reset)
         elif self.activation is not None:
@@ -312,6 +316,13 @@ class Link:
         data = body.get("data")
         if type(data) is not bytes or self.spec is None or len(data) != len(self.spec.config):
             raise UsageError("config bytes of the wrong type or length")
+        self._publish(data)
+
+    def _publish(self, data: bytes) -> None:
+        """Show the guest other config bytes; the same ones are no news."""
+        if self.spec is None or data == self.spec.config:
+            return
+        self.spec = replace(self.spec, config=data)
         if self.function is not None:
             with self.home.lock:
                 self.function.set_config(data)

@@ -25,6 +25,11 @@ int cv_file_zero(int fd, uint64_t offset, uint64_t size)
     return allocate(fd, FALLOC_FL_ZERO_RANGE, offset, size);
 }
 
+int cv_file_reserve(int fd, uint64_t offset, uint64_t size)
+{
+    return allocate(fd, 0, offset, size);
+}
+
 int cv_block_discard(int fd, uint64_t offset, uint64_t size)
 {
     uint64_t range[2] = {offset, size};

@@ -7,6 +7,7 @@
 /* fallocate(2) with a mode; the file keeps its size. */
 int cv_file_punch(int fd, uint64_t offset, uint64_t size);
 int cv_file_zero(int fd, uint64_t offset, uint64_t size);
+int cv_file_reserve(int fd, uint64_t offset, uint64_t size);
 
 /* BLKDISCARD and BLKZEROOUT of a block device. */
 int cv_block_discard(int fd, uint64_t offset, uint64_t size);

@@ -37,7 +37,7 @@ Views = Sequence[memoryview]
 class Disk:
     """An open, locked image. Offsets and sizes are bytes; every failure of I/O is an OSError.
 
-    `size` is fixed while it is open; `logical` is the block size that direct I/O needs, `physical` the
+    `size` changes by resize() only; `logical` is the block size that direct I/O needs, `physical` the
     one that is fast. Raises UsageError or Conflict naming the path if it cannot be opened or locked; the
     lock is waited for up to `patience` seconds.
     """
@@ -162,6 +162,49 @@ class Disk:
                 with zeros[: min(size, CHUNK)] as part:
                     self.write([part], offset)
                     offset, size = offset + len(part), size - len(part)
+
+    def resize(self, size: int, *, sparse: bool = True) -> None:
+        """Cut the image or let it grow with zeros, whose space is taken at once if not `sparse`.
+
+        The file's own size is the only record, and it changes in one step: whoever opens it next sees the old
+        or the new one. Raises UsageError or Conflict with the reason; nothing has changed then.
+        """
+        key = f"desired_size={size}"
+        if self._block:
+            raise UsageError(f"{key}: {self.path} is a block device, whose size is the host's to change")
+        if self.readonly:
+            raise UsageError(f"{key}: {self.path} was opened with readonly=on, its size stays")
+        if size <= 0:
+            raise UsageError(f"{key}: a disk cannot be empty")
+        if size % self.logical:
+            raise UsageError(f"{key} is not a multiple of {self.logical}", hint="a disk consists of whole sectors")
+        more = size - self.size
+        if not more:
+            return
+        try:
+            if more > 0 and not sparse:
+                self._reserve(more)
+            os.truncate(self.fd, size)
+        except OverflowError:
+            raise UsageError(f"{key} is more than a file can have") from None
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(self.fd, self.size)  # what was reserved beyond the end goes back
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise Conflict(f"{key}: the file system of {self.path} is full: {more} bytes more are wanted",
+                               hint="make room, or use sparse=on", code="no-space") from None
+            if error.errno in (errno.EFBIG, errno.EINVAL):
+                raise UsageError(f"{key} is more than the file system of {self.path} allows for one file") from None
+            raise UsageError(f"{key}: {self.path}: {error.strerror}") from None
+        self.size = size
+
+    def _reserve(self, more: int) -> None:
+        room = os.fstatvfs(self.fd)
+        if more > room.f_bavail * room.f_frsize:  # a try would fill it first
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        result = _native.lib.cv_file_reserve(self.fd, self.size, more)
+        if result < 0 and -result not in _UNSUPPORTED:
+            raise OSError(-result, os.strerror(-result))
 
     def close(self) -> None:
         """Close the image, which releases the lock."""

@@ -79,21 +79,24 @@ class Blk(DeviceBase):
 
     @property
     def spec(self) -> Spec:
-        options, disk = self.options, self.disk
+        options = self.options
         features = (virtio.BLK_F_FLUSH | virtio.BLK_F_BLK_SIZE | virtio.BLK_F_SEG_MAX | virtio.BLK_F_TOPOLOGY
                     | (virtio.BLK_F_MQ if options.num_queues > 1 else 0))
         if options.readonly:
             features |= virtio.BLK_F_RO
         else:
             features |= virtio.BLK_F_WRITE_ZEROES | (virtio.BLK_F_DISCARD if options.sparse else 0)
+        return Spec(virtio_id=virtio.ID_BLOCK, pci_class=0x018000, features=features, config=self._config(),
+                    queues=(options.queue_size,) * options.num_queues, title="virtio-blk",
+                    counters=self.COUNTERS)
+
+    def _config(self) -> bytes:
+        options, disk = self.options, self.disk
         ratio = max(1, disk.physical // disk.logical)
-        config = virtio.BLK_CONFIG.pack(
+        return virtio.BLK_CONFIG.pack(
             self._sectors, 0, options.queue_size - 2, 0, 0, 0, disk.logical,
             ratio.bit_length() - 1, 0, ratio, 0, 0, options.num_queues,
             MAX_DISCARD, MAX_SEGMENTS, disk.logical // SECTOR, MAX_ZEROES, 1, int(options.sparse))
-        return Spec(virtio_id=virtio.ID_BLOCK, pci_class=0x018000, features=features, config=config,
-                    queues=(options.queue_size,) * options.num_queues, title="virtio-blk",
-                    counters=self.COUNTERS)
 
     def on_activate(self, features: int) -> None:
         # 5.2.6.2: without FLUSH the driver takes every completed write for durable
@@ -191,6 +194,24 @@ class Blk(DeviceBase):
                 raise Refused(virtio.BLK_S_IOERR)
             segments.append((self._place(sector, count * SECTOR), count * SECTOR, flags))
         return segments
+
+    def call(self, verb: str, args: dict[str, Any]) -> Any:
+        """resize {size}: change the image's size in bytes and tell the driver. Requests that were made for a larger
+        disk fail when they are served."""
+        if verb != "resize":
+            return super().call(verb, args)
+        size = args.get("size")
+        if type(size) is not int:
+            raise UsageError(f"desired_size={size!r} is no number of bytes")
+        self.host.enter_syscall()
+        try:
+            self.disk.resize(size, sparse=self.options.sparse)
+        finally:
+            self.host.leave_syscall()
+        if self._sectors != size // SECTOR:
+            self._sectors = size // SECTOR
+            self.host.set_config(self._config())
+        return {"size": size}
 
     @staticmethod
     def drain(index: int, chain: Chain) -> int | None:

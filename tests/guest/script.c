@@ -161,8 +161,8 @@ static void command(const char *name)
         delay_us(value());
     } else if (same(name, "irqwait")) {
         uint64_t vector = value() & 0xff, wanted = value(), limit = value(), end = now_ns() + limit * 1000000;
-        while (irq_count[vector] < wanted && now_ns() < end)
-            halt(irq_total);
+        for (uint64_t seen = irq_total; irq_count[vector] < wanted && now_ns() < end; seen = irq_total)
+            halt(seen);
         got(irq_count[vector]);
     } else if (same(name, "loop")) {
         loop_left = value();

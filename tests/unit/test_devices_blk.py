@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import subprocess
@@ -203,8 +204,6 @@ def test_dense_disk_offers_no_discard(make: Make) -> None:
 
 
 def test_zeroing_by_hand_where_the_file_system_cannot(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import errno
-
     from cellvisor.devices.backends import disk as module
 
     class Unable:
@@ -303,3 +302,64 @@ def test_holder_in_another_process_is_named(image: Path) -> None:
         with pytest.raises(Conflict, match=f"\\(pid {other.pid}\\)"):
             Disk(str(image))
     Disk(str(image)).close()
+
+
+def capacity(rig: Rig) -> int:
+    return int(virtio.BLK_CONFIG.unpack(rig.host.configs[-1])[0])
+
+
+def test_resize_goes_both_ways_and_is_told(make: Make, image: Path) -> None:
+    rig = make()
+    for sectors in (2 * SECTORS, SECTORS // 2, SECTORS // 2):
+        assert rig.device.call("resize", {"size": sectors * 512}) == {"size": sectors * 512}
+        assert (image.stat().st_size, capacity(rig)) == (sectors * 512, sectors)
+        assert rig.request([header(IN, sectors - 1)], [512, 1])[-1] == OK
+        assert rig.request([header(IN, sectors)], [512, 1])[-1] == IOERR
+    assert len(rig.host.configs) == 2, "the size that it has is no news"
+
+
+def test_a_dense_disk_grows_with_its_space(make: Make, image: Path) -> None:
+    rig = make(sparse=False)
+    rig.device.call("resize", {"size": 2 * SECTORS * 512})
+    assert image.stat().st_blocks >= 2 * SECTORS
+    free = os.statvfs(image)
+    size = SECTORS * 512 + (free.f_bavail * free.f_frsize >> 20 << 20) + (1 << 30)
+    with pytest.raises(Conflict, match=f"^desired_size={size}: the file system of .* is full"):
+        rig.device.call("resize", {"size": size})
+    assert image.stat().st_size == 2 * SECTORS * 512
+
+
+@pytest.mark.parametrize(("options", "size", "message"), [
+    ({}, 0, "desired_size=0: a disk cannot be empty"),
+    ({}, 1000, "desired_size=1000 is not a multiple of 512"),
+    ({}, 1 << 63, "is more than a file can have"),
+    ({}, (1 << 63) - 512, "is more than the file system of"),
+    ({}, "1M", "desired_size='1M' is no number of bytes"),
+    ({"readonly": True}, 1 << 20, "was opened with readonly=on"),
+])
+def test_resize_refuses_and_changes_nothing(make: Make, image: Path, options: dict[str, Any], size: object,
+                                            message: str) -> None:
+    rig = make(**options)
+    with pytest.raises(UsageError, match=message):
+        rig.device.call("resize", {"size": size})
+    assert image.stat().st_size == SECTORS * 512
+    assert rig.host.configs == []
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT])
+def test_resize_on_a_full_disk(make: Make, image: Path, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
+    rig = make()
+    real, tried = os.truncate, []
+
+    def full(fd: int, size: int) -> None:
+        tried.append(size)
+        if len(tried) == 1:
+            raise OSError(error, os.strerror(error))
+        real(fd, size)
+
+    monkeypatch.setattr(os, "truncate", full)
+    with pytest.raises(Conflict, match="is full") as caught:
+        rig.device.call("resize", {"size": 1 << 30})
+    assert caught.value.code == "no-space"
+    assert tried == [1 << 30, SECTORS * 512]
+    assert image.stat().st_size == SECTORS * 512

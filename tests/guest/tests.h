@@ -16,6 +16,13 @@ void test_blk_bench(void);
 void test_msix(void);
 void test_rng(void);
 void test_console(void);
+void test_net_info(void);
+void test_net_echo(void);
+void test_net_receive(void);
+void test_net_control(void);
+void test_net_announce(void);
+void test_net_send(void);
+void test_net_bench(void);
 
 void test_hostile(void);
 void test_race(void);

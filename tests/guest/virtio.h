@@ -3,6 +3,7 @@
 #define GUEST_VIRTIO_H
 #include "pci.h"
 
+#define VIRTIO_NET 1
 #define VIRTIO_BLK 2
 #define VIRTIO_CONSOLE 3
 #define VIRTIO_RNG 4

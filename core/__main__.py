@@ -50,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.controlplane_pidfd is not None:
         _watch(options.controlplane_pidfd, server, machine)
     if options.ready_fd is not None:
-        os.write(options.ready_fd, b"1")
+        with contextlib.suppress(BrokenPipeError):  # the controlplane died meanwhile, which is watched
+            os.write(options.ready_fd, b"1")
         os.close(options.ready_fd)
     try:
         server.reactor.run()

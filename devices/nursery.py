@@ -293,7 +293,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.controlplane_pidfd >= 0:
         nursery.guardian.watch(args.controlplane_pidfd)
     if args.ready_fd >= 0:
-        os.write(args.ready_fd, b"\n")
+        with contextlib.suppress(BrokenPipeError):  # the controlplane died meanwhile: a successor is to be started
+            os.write(args.ready_fd, b"\n")
         os.close(args.ready_fd)
     nursery.run()
     return 0

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cellvisor.ctl import render
-from tests.bench import blk, hotplug, process, recovery, serve, steady
+from tests.bench import api, blk, hotplug, process, recovery, serve, steady
 from tests.bench.effort import QUICK, Effort, Place
 from tests.bench.figures import Row
 from tests.native.guest import HAVE_KVM
@@ -33,6 +33,7 @@ SECTIONS: dict[str, tuple[Measure, Rows]] = {
     "boot": (process.boot, process.boot_rows),
     "steady": (steady.steady, steady.steady_rows),
     "hotplug": (hotplug.hotplug, hotplug.hotplug_rows),
+    "api": (api.api, api.api_rows),
     "serve": (serve.serve, serve.serve_rows),
     "kills": (recovery.kills, recovery.kills_rows),
     "upgrades": (recovery.upgrades, recovery.upgrades_rows),

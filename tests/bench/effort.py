@@ -24,6 +24,7 @@ class Effort:
     kills: int = 200
     upgrades: int = 8
     forks: int = 50
+    asks: int = 2000
     boots: int = 8
     workers: tuple[int, ...] = (1, 8, 30)
     requests: int = 10_000
@@ -34,8 +35,8 @@ class Effort:
     seconds: float = 90.0  # after which the comparison begins no further round
 
 
-QUICK = Effort(kills=30, upgrades=2, forks=15, boots=3, workers=(1, 8), requests=2000, steady_depths=(32,), cell_ms=60,
-               rounds=2, seconds=15.0)
+QUICK = Effort(kills=30, upgrades=2, forks=15, asks=200, boots=3, workers=(1, 8), requests=2000, steady_depths=(32,),
+               cell_ms=60, rounds=2, seconds=15.0)
 
 
 @dataclass(slots=True)

@@ -57,9 +57,9 @@ def abba(names: Sequence[str], rounds: int) -> list[list[str]]:
     return [list(names) if number % 2 == 0 else list(reversed(names)) for number in range(rounds)]
 
 
-def show_times(found: dict[str, Any]) -> tuple[str, str]:
+def show_times(found: dict[str, Any], digits: int = 1) -> tuple[str, str]:
     """Format a summary of milliseconds as (figure, spread)."""
-    return f"p50 {found['p50']:.1f} ms", f"p99 {found['p99']:.1f}, max {found['max']:.1f}"
+    return f"p50 {found['p50']:.{digits}f} ms", f"p99 {found['p99']:.{digits}f}, max {found['max']:.{digits}f}"
 
 
 def show_ratio(found: dict[str, Any]) -> tuple[str, str]:

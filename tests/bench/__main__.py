@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from cellvisor.ctl import render
 from tests.bench import api, blk, hotplug, process, recovery, serve, steady
 from tests.bench.effort import QUICK, Effort, Place
@@ -30,6 +32,7 @@ Rows = Callable[[dict[str, Any]], list[Row]]
 SECTIONS: dict[str, tuple[Measure, Rows]] = {
     "hello": (process.hello, process.hello_rows),
     "memory": (process.memory, process.memory_rows),
+    "footprint": (process.footprint, process.footprint_rows),
     "boot": (process.boot, process.boot_rows),
     "steady": (steady.steady, steady.steady_rows),
     "hotplug": (hotplug.hotplug, hotplug.hotplug_rows),
@@ -53,7 +56,7 @@ def measure(names: list[str], effort: Effort, where: Path) -> dict[str, Any]:
         tell("begins")
         try:
             found[name] = SECTIONS[name][0](effort, place)
-        except Exception as error:
+        except (Exception, pytest.fail.Exception) as error:
             tell(f"failed: {type(error).__name__}: {error}")
             found[name] = {"error": f"{type(error).__name__}: {error}"}
         finally:

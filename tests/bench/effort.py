@@ -74,6 +74,12 @@ class Place:
                     file.write((block + 1).to_bytes(8, "little") * (1 << 17))
         return path
 
+    def directory(self, name: str) -> Path:
+        """Return a directory for another VMM's files."""
+        path = self.where / name
+        path.mkdir(exist_ok=True)
+        return path
+
     def leave(self) -> None:
         """End what runs and remove its run directory."""
         for running in self.started:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from cellvisor.controlplane.report import memory_kib
 from cellvisor.core.wire import places
 from cellvisor.core.wire.messages import FromNursery, ToCore
 from cellvisor.ctl.client import Client
@@ -55,6 +56,30 @@ def memory(effort: Effort, place: Place) -> dict[str, Any]:
     The workers are the random number generator's and, beyond the first, one per disk.
     """
     return {str(count): _memory(place, count) for count in effort.workers}
+
+
+def footprint(effort: Effort, place: Place) -> dict[str, Any]:
+    """Measure the proportional memory of all processes of an idle VM and of QEMU with a disk and an RNG, in KiB.
+
+    Guest RAM, which is a memfd with both, is left out.
+    """
+    guest, memory = "test=boot end=stay", "memory-backend-memfd,id=ram,size=256M,share=on"
+    with place.steer(guest, disks=[place.disk("ours.raw")]) as vmm, \
+            start_qemu(guest, place.directory("qemu"), disks=[place.disk("theirs.raw")],
+                       extra=["-object", memory, "-machine", "memory-backend=ram"]) as qemu:
+        vmm.running.wait_for("test.us=")
+        qemu.wait_for("test.us=")
+        processes = vmm.client.call("info", processes=True)["processes"]
+        theirs = memory_kib(qemu.process.pid)
+    ours = sum(one["pss"] - one["pss_shmem"] for one in processes)
+    return {"ours": ours, "processes": len(processes), "qemu": theirs["pss"] - theirs["pss_shmem"]}
+
+
+def footprint_rows(found: dict[str, Any]) -> list[Row]:
+    """Show it."""
+    ours, theirs = found["ours"] / 1024, found["qemu"] / 1024
+    return [Row("PSS of the whole VM, ours : QEMU's", f"{ours / theirs:.2f}", "",
+                f"{ours:.0f} MiB in {found['processes']} processes : {theirs:.0f} MiB, without guest RAM")]
 
 
 def _memory(place: Place, count: int) -> dict[str, Any]:

@@ -57,3 +57,11 @@ def test_steady_state_is_counted(tmp_path: Path) -> None:
     assert one["cpu_us"] > 0
     assert one["qemu-threads"]["cpu_us"] > 0
     assert "CPU time of the device per request, depth 32" in table
+
+
+def test_memory_next_to_qemu(tmp_path: Path) -> None:
+    result, table = bench(tmp_path, "footprint")
+    memory = result["figures"]["footprint"]
+    assert memory["processes"] == 5
+    assert min(memory["ours"], memory["qemu"]) > 1024
+    assert "PSS of the whole VM, ours : QEMU's" in table

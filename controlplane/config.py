@@ -103,7 +103,7 @@ class VmConfig:
         """Return Cloud Hypervisor's VmConfig; types without a place in it are listed under `virtio`."""
         body: dict[str, Any] = {
             "cpus": self.cpus.as_json(), "memory": self.memory.as_json(), "payload": self.payload.as_json(),
-            "serial": self.serial.as_json(), "console": {"mode": "Off"}, "disks": [], "virtio": [],
+            "serial": self.serial.as_json(), "console": {"mode": "Off"}, "disks": [], "net": [], "virtio": [],
         }
         if "__serial" in self.paths:
             body["serial"]["file"] = self.paths["__serial"]
@@ -111,6 +111,8 @@ class VmConfig:
             shown = {"id": device.id, "pci_segment": 0, "pci_device_id": device.slot, **device.options}
             if device.verb == "disk":
                 body["disks"].append(shown)
+            elif device.verb == "net":
+                body["net"].append({"fds" if key == "fd" else key: value for key, value in shown.items()})
             elif device.id == "__console":
                 path = {"file": self.paths[device.id]} if device.id in self.paths else {}
                 body["console"] = {**shown, "mode": device.mode.capitalize(), **path}

@@ -21,11 +21,11 @@ from cellvisor.core.wire.places import MAX_SOCKET_PATH, check_name
 
 LATER = (
     "balloon", "debug-console", "device", "firmware", "fs", "generic-vhost-user", "gdb", "landlock",
-    "landlock-rules", "memory-zone", "net", "numa", "pci-segment", "platform", "pmem", "pvpanic",
+    "landlock-rules", "memory-zone", "numa", "pci-segment", "platform", "pmem", "pvpanic",
     "rate-limit-group", "restore", "rtc", "seccomp", "tpm", "user-device", "vdpa", "vsock", "watchdog",
 )
 
-SHAPING = ("--cpus", "--memory", "--disk", "--rng", "--console", "--serial", "--device-type", "--initramfs",
+SHAPING = ("--cpus", "--memory", "--disk", "--net", "--rng", "--console", "--serial", "--device-type", "--initramfs",
            "--cmdline")  # what makes no sense without a kernel
 
 _EXAMPLE = """example:
@@ -111,6 +111,8 @@ def _make_parser() -> _Parser:
     add("--memory", metavar="size=N,...", default="",
         help="guest memory (size=512M); prefault, hugepages, thp")
     add("--disk", metavar="path=P,...", nargs="+", action="append", default=[], help="disks, in order")
+    add("--net", metavar="tap=T,...", nargs="+", action="append", default=[],
+        help="network cards, in order: tap, ip, mask, mac, host_mac, mtu, fd, num_queues, queue_size, offload_*")
     add("--rng", metavar="src=P,...", nargs="?", const="", default="",
         help="entropy source (src=/dev/urandom)")
     add("--console", metavar="MODE", default="tty",
@@ -145,11 +147,12 @@ def _unknown(word: str, parser: argparse.ArgumentParser) -> UsageError:
 
 
 def _wanted(given: argparse.Namespace) -> tuple[Wanted, ...]:
-    """List the devices in the order of their slots: console, disks, rng, then the rest."""
+    """List the devices in the order of their slots: console, disks, net, rng, then the rest."""
     found = []
     if given.console != "off":
         found.append(Wanted("--console", "console", given.console, "__console"))
     found += [Wanted("--disk", "disk", text) for group in given.disk for text in group]
+    found += [Wanted("--net", "net", text) for group in given.net for text in group]
     found.append(Wanted("--rng", "rng", given.rng, "__rng"))
     for text in (text for group in given.device_type for text in group):
         name, _, rest = text.partition(",")

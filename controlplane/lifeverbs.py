@@ -27,7 +27,8 @@ def table(vm: Supervisor, turn: asyncio.Lock) -> dict[str, Handler]:
     """Return verb -> handler(args); handlers raise CellvisorError. `turn` is held while the VM changes."""
     life = Life(vm, turn)
     return {"create": life.create, "boot": life.boot, "shutdown": life.shutdown, "shutdown-vmm": life.end,
-            "delete": life.delete, "counters": life.counters, "resize-disk": life.resize_disk}
+            "delete": life.delete, "counters": life.counters, "resize-disk": life.resize_disk,
+            "set-link": life.set_link}
 
 
 class Life:
@@ -145,3 +146,16 @@ class Life:
                                args={"size": args["desired_size"]})
             self._vm.events.emit("device.resized", device=device.id, size=args["desired_size"])
         return {"id": device.id, "operation": operation.id}
+
+    async def set_link(self, args: dict[str, Any]) -> dict[str, Any]:
+        """Have a network card's process pull its cable, put it in, or ask the guest to announce itself."""
+        device = self._vm.inventory.get(args["id"])
+        if device.verb != "net":
+            raise UsageError(f"set-link: id={device.id} is not a network card but {device.type}")
+        if self._vm.state == "Created":
+            raise Conflict("set-link: the VM is not running")
+        verb, more = ("announce", {}) if args["link"] == "announce" else ("link", {"up": args["link"] == "up"})
+        answer = await self._vm.require_core().request(CoreVerb.CALL, RESIZE_TIMEOUT, device=device.id, verb=verb,
+                                                       args=more)
+        result = answer.get("result")
+        return {"id": device.id, "link": result.get("link") if isinstance(result, dict) else None}

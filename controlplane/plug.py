@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import weakref
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from cellvisor.controlplane import descriptors
 from cellvisor.controlplane.events import Event
 from cellvisor.controlplane.farewell import answer_of_guest, see_off
 from cellvisor.controlplane.fleet import READY_TIMEOUT, Fleet
@@ -49,15 +50,20 @@ class Plug:
 
     # ---- adding
 
-    async def add(self, verb: str, wanted: Wanted, timeout: float = GUEST_TIMEOUT) -> Device:
+    async def add(self, verb: str, wanted: Wanted, timeout: float = GUEST_TIMEOUT, fds: Sequence[int] = ()) -> Device:
         """Add a device; returns when the guest has been told. Raises CellvisorError, nothing is left then.
 
-        `timeout` is how long the guest may take before the operation counts as timed out.
+        `timeout` is how long the guest may take before the operation counts as timed out; `fds` stay the caller's.
         """
         vm = self._vm
         await self._settled(verb)
         # The one step in which two clients can collide: id and slot are ours from here on, or somebody else's.
         device = vm.inventory.add([wanted])[0]
+        try:
+            descriptors.give(self._core(), device, fds)
+        except BaseException:
+            vm.inventory.release(device.id)
+            raise
         operation = self.operations.begin(verb, device.id, device.bdf)
         if vm.state == "Created":
             self._want(device)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+import contextlib
+import os
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cellvisor.controlplane.inventory import SLOTS, Wanted
@@ -13,16 +16,23 @@ from cellvisor.core.wire.control import TEXT, VERBS, look_up
 if TYPE_CHECKING:
     from cellvisor.controlplane.supervisor import Supervisor
 
-Handler = Callable[[dict[str, Any]], Awaitable[Any]]
-ADDS = {"add-disk": "disk", "add-rng": "rng", "add-console": "console"}
+Handler = Callable[..., Awaitable[Any]]
+ADDS = {"add-disk": "disk", "add-net": "net", "add-rng": "rng", "add-console": "console"}
 
 
 def table(vm: Supervisor) -> dict[str, Handler]:
-    """Return verb -> handler(args); handlers raise CellvisorError."""
+    """Return verb -> handler(args), for verbs that take descriptors handler(args, fds); they raise CellvisorError."""
 
     def adds(verb: str) -> Handler:
-        async def add(args: dict[str, Any]) -> dict[str, Any]:
-            device = await vm.plug.add(verb, wanted(verb, args))
+        async def add(args: dict[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
+            want = wanted(verb, args)
+            if VERBS[verb].takes_fds:
+                want = with_fds(want, fds)
+            with contextlib.ExitStack() as stack:
+                held = [os.dup(fd) for fd in fds]  # whoever sent them may be gone while we wait
+                for fd in held:
+                    stack.callback(os.close, fd)
+                device = await vm.plug.add(verb, want, fds=held)
             operation = vm.plug.operations.latest(device.id, "add")
             return {"id": device.id, "bdf": device.bdf, "operation": operation.id if operation else "",
                     "plugged": vm.state != "Created"}
@@ -79,3 +89,16 @@ def wanted(verb: str, args: Mapping[str, Any]) -> Wanted:
     if options or not isinstance(text, str):
         raise UsageError(f"{verb}: options are either text or keys")
     return Wanted(verb, kind, text, by_verb=by_verb)
+
+
+def with_fds(want: Wanted, fds: Sequence[int]) -> Wanted:
+    """Return `want` for the descriptors that came with the request; only these count. Raises UsageError for others."""
+    given = want.body.get("fd") if want.body is not None else ",fd=" in f",{want.text}" and want.text
+    if given:
+        raise UsageError(f"{want.flag}: fd={str(given)[:60]}: a number means nothing here",
+                         hint="send the descriptors along with a request on --api-socket")
+    if not fds:
+        return want
+    if want.body is not None:
+        return replace(want, body={**want.body, "fd": list(fds)})
+    return replace(want, text=f"{want.text}{',' if want.text else ''}fd=[{','.join(map(str, fds))}]")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import zmq.asyncio
 
-from cellvisor.controlplane import adopt, report
+from cellvisor.controlplane import adopt, descriptors, report
 from cellvisor.controlplane.api import Api
 from cellvisor.controlplane.config import Payload, VmConfig
 from cellvisor.controlplane.consoles import Consoles
@@ -200,6 +200,7 @@ class Supervisor:
         """Take `order` as the VM to boot. Raises CellvisorError, nothing is changed then."""
         inventory = Inventory(self.nurseries.catalog())
         devices = tuple(inventory.add(order.wanted))
+        descriptors.give_named(self.require_core(), devices)
         self.config = VmConfig(order.cpus, order.memory, order.payload, order.serial, devices)
         self.inventory = inventory
         self.state = "Created"
@@ -263,6 +264,7 @@ class Supervisor:
 
     async def renew(self) -> None:
         """End the machine but not the process: a fresh core and nursery wait for the next boot."""
+        kept = descriptors.collect(self.core, self.config.devices)
         await self._end_machine()
         self.terminal.restore()
         for name in (places.CORE, places.FDS, places.CONTROL):
@@ -274,6 +276,7 @@ class Supervisor:
         self._nursery_child, self.nurseries = self._launcher.nursery(self.core_child), self._new_nurseries()
         self._loop.add_reader(self.core_child.pidfd, self._core_ended)
         await self._connect()
+        descriptors.pass_on(self.require_core(), kept)
 
     async def change(self, work: Coroutine[Any, Any, None]) -> None:
         """Run a boot or a renewal, one at a time; the end of the process waits for it to be given up."""

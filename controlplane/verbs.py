@@ -29,7 +29,7 @@ class Verbs:
         self._vm = vm
         self._turn = asyncio.Lock()
         change = self._change
-        self._serving: dict[str, Callable[[dict[str, Any]], Awaitable[Any]]] = {
+        self._serving: dict[str, Callable[..., Awaitable[Any]]] = {
             "ping": self._ping, "info": self._info, "devices": self._devices, "events": self._events,
             "pause": change(CoreVerb.PAUSE), "resume": change(CoreVerb.RESUME),
             "reset": change(CoreVerb.RESET), "power-button": change(CoreVerb.POWER_BUTTON),
@@ -42,7 +42,8 @@ class Verbs:
         """Return the answer. Raises CellvisorError."""
         if self._vm.state == "Empty" and not VERBS[request.verb].empty:
             raise NotFound(f"{request.verb}: no VM was created", hint="create one first", code="not-created")
-        return await self._serving[request.verb](request.args)
+        more = (request.fds,) if VERBS[request.verb].takes_fds else ()
+        return await self._serving[request.verb](request.args, *more)
 
     async def _core(self, verb: CoreVerb, timeout: float, **args: Any) -> dict[str, Any]:
         if self._vm.core is None:

@@ -19,7 +19,7 @@ from cellvisor.core.wire.options import build, option
 _NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {})
 # Keys that cellvisor has no use for, with the values that ask for nothing.
 _LATER: Mapping[str, tuple[Any, ...]] = dict.fromkeys((
-    "rate_limit_groups", "net", "balloon", "fs", "generic_vhost_user", "pmem", "devices", "user_devices", "vdpa",
+    "rate_limit_groups", "balloon", "fs", "generic_vhost_user", "pmem", "devices", "user_devices", "vdpa",
     "vsock", "debug_console", "pvpanic", "iommu", "numa", "watchdog", "rtc", "gdb", "pci_segments", "platform", "tpm",
     "landlock_enable", "landlock_rules", "ivshmem"), _NOTHING)
 _CPUS_LATER: Mapping[str, tuple[Any, ...]] = {
@@ -64,7 +64,7 @@ class _Payload:
 
 def read(body: Mapping[str, Any]) -> Order:
     """Check a VmConfig that may be hostile. Raises UsageError naming the key."""
-    known = ("cpus", "memory", "payload", "serial", "console", "rng", "disks", "virtio")
+    known = ("cpus", "memory", "payload", "serial", "console", "rng", "disks", "net", "virtio")
     given = _known(body, known, _LATER, "create")
     cpus = build(_Cpus, _known(_object(given, "cpus"), _names(_Cpus), _CPUS_LATER, "cpus"), "cpus")
     memory = build(Memory, _known(_object(given, "memory"), _names(Memory, "shared"), _MEMORY_LATER, "memory"),
@@ -137,6 +137,11 @@ def _wanted(given: Mapping[str, Any]) -> list[Wanted]:
     if str(console.get("mode")).lower() != "off":
         found.append(_fixed("console", console, "__console"))
     found += [Wanted("disks", "disk", "", body=flat(disk)) for disk in _list(given, "disks")]
+    for card in _list(given, "net"):
+        body = flat(card)
+        if "fd" in body:
+            raise UsageError(f"create: fds={body['fd']}: descriptors come with add-net", hint="add it after create")
+        found.append(Wanted("net", "net", "", body=body))
     found.append(_fixed("rng", _object(given, "rng"), "__rng"))
     for entry in _list(given, "virtio"):
         kind = entry.get("type")
@@ -157,9 +162,9 @@ def _is_idle(key: str, value: Any) -> bool:
 
 
 def flat(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a device's JSON as the flags have it: `rate_limiter_config` is bw_size, ops_refill_time, ..., and what
-    asks for nothing is left out."""
-    body = {key: value for key, value in options.items()
+    """Return a device's JSON as the flags have it: `rate_limiter_config` is bw_size, ops_refill_time, ..., `fds` is fd,
+    and what asks for nothing is left out."""
+    body = {"fd" if key == "fds" else key: value for key, value in options.items()
             if key != "rate_limiter_config" and not _is_idle(key, value)}
     limits = options.get("rate_limiter_config")
     if not isinstance(limits, dict | None):

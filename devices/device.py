@@ -27,6 +27,7 @@ class Host(Protocol):
 
     device_id: str
     generation: int
+    activation: int  # of the driver: each has another number
 
     def watch(self, fd: int, callback: Callable[[int], None], events: int = ...) -> None:
         """Call `callback(events)` while `fd` is ready (epoll, level-triggered)."""

@@ -70,6 +70,7 @@ class Worker:
         self.status = 0
         self.reactor = Reactor()
         self._log = log.get("worker")
+        self.activation = 0
         self._device: Any = None
         self._queues: dict[int, Queue] = {}
         self._kicks: list[int] = []
@@ -202,7 +203,7 @@ class Worker:
         self._drop_queues(forget=False)
         epoch, features = body["epoch"], body["features"]
         self._state.features = features
-        self._state.epoch = epoch
+        self._state.epoch = self.activation = epoch
         self._device.on_activate(features)
         recovered: list[tuple[Queue, list[Chain]]] = []
         for one in body["queues"]:

@@ -62,6 +62,15 @@ class ResizeDiskArgs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SetLinkArgs:
+    """What `set-link` takes."""
+
+    id: str = option(help="name of the network card")
+    link: str = option(help="pull its cable, put it in, or have the guest tell its neighbours where it is",
+                       choices=("up", "down", "announce"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RemoveArgs:
     """What `remove-device` takes."""
 
@@ -134,7 +143,8 @@ _TABLE = (
     Verb("add-disk", "plug a disk", ObjectArgs, path="vm.add-disk", answers=True),
     Verb("add-rng", "plug an entropy source", ObjectArgs, answers=True),
     Verb("add-console", "plug a console", ObjectArgs, answers=True),
-    Verb("add-net", "plug a network card", path="vm.add-net", ready=False),
+    Verb("add-net", "plug a network card", ObjectArgs, path="vm.add-net", answers=True, takes_fds=True),
+    Verb("set-link", "pull a network card's cable, put it in, or have the guest announce itself", SetLinkArgs),
     Verb("add-fs", "plug a shared directory", path="vm.add-fs", ready=False),
     Verb("add-pmem", "plug persistent memory", path="vm.add-pmem", ready=False),
     Verb("add-vsock", "plug a socket device", path="vm.add-vsock", ready=False),

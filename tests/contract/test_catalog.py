@@ -34,9 +34,16 @@ def _disk(tmp_path: Path) -> dict[str, Any]:
     return {"path": str(path), "num_queues": 2}
 
 
+def _tap() -> dict[str, Any]:
+    if os.geteuid() or not os.access("/dev/net/tun", os.R_OK | os.W_OK):
+        pytest.skip("a tap of its own needs root and /dev/net/tun")
+    return {"num_queues": 4}
+
+
 OPTIONS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "blk": _disk,
     "console": lambda tmp_path: {"file": str(tmp_path / "console.log")},
+    "net": lambda tmp_path: _tap(),
 }
 
 
@@ -60,7 +67,12 @@ def _console(link: FakeLink) -> None:
     assert (link.core.run_dir / "console.log").read_bytes().endswith(b"said\n")
 
 
-EXCHANGE: dict[str, Callable[[FakeLink], None]] = {"blk": _blk, "rng": _rng, "console": _console}
+def _net(link: FakeLink) -> None:
+    assert link.request([bytes(12), b"\xff" * 12 + b"\x88\xb5" + bytes(50)], [], 1) == b""
+    assert link.request([b"\0\0\0"], [1], 4) == b"\0", "promiscuous mode off"
+
+
+EXCHANGE: dict[str, Callable[[FakeLink], None]] = {"blk": _blk, "rng": _rng, "console": _console, "net": _net}
 
 
 def exchange(link: FakeLink) -> None:

@@ -89,7 +89,7 @@ def test_kill(core: FakeCore, nursery: NurseryProcess) -> None:
 
 
 @pytest.mark.parametrize(("body", "message"), [
-    ({"type": "warp"}, "unknown device type 'warp' (known types: blk, console, rng"),
+    ({"type": "warp"}, "unknown device type 'warp' (known types: blk, console, net, rng"),
     ({"type": 3}, "unknown device type '3'"),
     ({"device": ""}, "device='' is not a string"),
     ({"generation": -1}, "generation=-1 is not a number"),

@@ -1,4 +1,4 @@
-"""A nursery whose workers sleep; its catalog has disk, rng and console. Kills them when core dies."""
+"""A nursery whose workers sleep; its catalog has disk, network card, rng and console. Kills them when core dies."""
 
 from __future__ import annotations
 
@@ -31,9 +31,17 @@ class Console(DeviceOptions):
     file: str | None = option(None, path=True)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Net(DeviceOptions):
+    tap: str | None = option(None)
+    fd: list[int] | None = option(None, min=3)
+    num_queues: int = option(2, min=2)
+
+
 CATALOG = {
     "types": {
         "blk": {"verb": "disk", "help": "", "schema": describe(Disk)},
+        "net": {"verb": "net", "help": "", "schema": describe(Net)},
         "rng": {"verb": "rng", "help": "", "schema": describe(Rng)},
         "console": {"verb": "console", "help": "", "schema": describe(Console)},
     },

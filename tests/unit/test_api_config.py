@@ -77,7 +77,7 @@ def test_devices_of_any_type(kernel: str) -> None:
     ({"memory": {"size": 2**64}}, "size=18446744073709551616 is out of range"),
     ({"memory": {"size": True}}, "memory: size=on is not a whole number"),
     ({"memory": {"hotplug_size": 1 << 30}}, "memory: hotplug_size is not supported yet"),
-    ({"net": [{"tap": "t"}]}, "create: net is not supported yet"),
+    ({"net": [{"fds": [3]}]}, r"create: fds=\[3\]: descriptors come with add-net"),
     ({"watchdog": True}, "create: watchdog is not supported yet"),
     ({"disk": []}, "create: unknown key 'disk' .did you mean disks"),
     ({"disks": {}}, "disks: not a list of objects"),

@@ -110,13 +110,14 @@ def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Vm]:
 
 ARGS: dict[str, dict[str, Any]] = {
     "info": {"processes": True}, "events": {"since": 1}, "add-disk": {"path": "x", "id": "more"},
-    "add-rng": {}, "add-console": {"mode": "null"}, "add-virtio": {"type": "blk", "path": "x"},
+    "add-net": {"tap": "x", "id": "card"}, "add-rng": {}, "add-console": {"mode": "null"},
+    "add-virtio": {"type": "blk", "path": "x"},
     "validate": {"verb": "add-disk", "path": "x"}, "remove-device": {"id": "_disk0"},
     "resize-disk": {"id": "_disk0", "desired_size": 1 << 20}, "restart-device": {"id": "_disk0"},
-    "drain-device": {"id": "_disk0"}, "upgrade-device": {"id": "_disk0"},
+    "set-link": {"id": "_disk0", "link": "up"}, "drain-device": {"id": "_disk0"}, "upgrade-device": {"id": "_disk0"},
 }
 ENDING = ("shutdown", "shutdown-vmm", "delete")
-WRONG = {"restart-device": 409, "drain-device": 409, "create": 409, "boot": 409}
+WRONG = {"restart-device": 409, "set-link": 400, "drain-device": 409, "create": 409, "boot": 409}
 
 
 def is_silent(verb: Verb) -> bool:

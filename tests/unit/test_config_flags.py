@@ -73,7 +73,7 @@ def test_bare_rng_and_no_console(kernel: str) -> None:
     ("--api-socket fd=x", "--api-socket 'fd=x' .write PATH, path=PATH or fd=NUMBER"),
     ("--api-socket path=", "--api-socket 'path='"),
     (f"--api-socket /{'x' * 107}", "--api-socket /xxx.* socket paths have at most 107 bytes"),
-    ("--net tap=x", "--net: not supported yet"),
+    ("--vsock cid=3", "--vsock: not supported yet"),
     ("--dsik path=x", "unknown flag --dsik .did you mean --disk. known flags: --api-socket"),
     ("stray", "unexpected argument 'stray'"),
     ("--disk", "--disk: expected at least one argument"),

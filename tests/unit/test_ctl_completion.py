@@ -50,7 +50,7 @@ def vms(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("vms")
 @pytest.mark.parametrize(("line", "found"), [
     ("pi", ["ping"]),
-    ("add-", ["add-console", "add-disk", "add-rng", "add-virtio"]),
+    ("add-", ["add-console", "add-disk", "add-net", "add-rng", "add-virtio"]),
     ("--v", ["--version"]),
     ("--api-socket /tmp/x pi", ["ping"]),
     ("--api-socket ", []),
@@ -74,7 +74,7 @@ def vms(monkeypatch: pytest.MonkeyPatch) -> None:
     ("ops wait ", ["_disk0", "data", "op1"]),
     ("ops --vm ", ["db", "web"]),
     ("ops --vm web wait o", ["op1"]),
-    ("validate ", ["add-console", "add-disk", "add-rng", "add-virtio"]),
+    ("validate ", ["add-console", "add-disk", "add-net", "add-rng", "add-virtio"]),
     ("completion ", ["bash", "fish", "words", "zsh"]),
 ])
 def test_words(line: str, found: list[str]) -> None:

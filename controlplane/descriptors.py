@@ -1,0 +1,58 @@
+"""Descriptors that a user gave for a device (`fd=`): they live in core's store as `fd0`, `fd1`, ... of the device."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Sequence
+
+from cellvisor.controlplane.corelink import CoreLink
+from cellvisor.controlplane.inventory import Device
+from cellvisor.core.errors import CellvisorError, UsageError
+
+Kept = list[tuple[str, str, int]]  # device, name, descriptor
+
+
+def give(core: CoreLink, device: Device, fds: Sequence[int]) -> None:
+    """Put `fds`, which stay the caller's, into the store. Raises UsageError for one that is not open, Internal."""
+    for index, fd in enumerate(fds):
+        try:
+            os.fstat(fd)
+        except OSError as error:
+            raise UsageError(f"{device.id}: fd={fd}: {error.strerror}",
+                             hint="they are descriptors of the process that starts the VM") from None
+        core.deposit(device.id, f"fd{index}", fd)
+
+
+def give_named(core: CoreLink, devices: Iterable[Device]) -> None:
+    """Put in what the options name: descriptors that we inherited. Raises as give() does."""
+    for device in devices:
+        give(core, device, named(device))
+
+
+def named(device: Device) -> list[int]:
+    """Return the numbers that the options of `device` hold."""
+    found = device.options.get("fd")
+    return found if isinstance(found, list) else []
+
+
+def collect(core: CoreLink | None, devices: Iterable[Device]) -> Kept:
+    """Take out of core what the devices were given: it is about to end and another follows."""
+    kept: Kept = []
+    with contextlib.suppress(OSError, CellvisorError):  # core is gone, and they with it
+        for device in devices:
+            for index in range(len(named(device))):
+                fd = core.stored(device.id, f"fd{index}") if core is not None else None
+                if fd is not None:
+                    kept.append((device.id, f"fd{index}", fd))
+    return kept
+
+
+def pass_on(core: CoreLink, kept: Kept) -> None:
+    """Give another core what collect() returned."""
+    while kept:
+        device, name, fd = kept.pop()
+        try:
+            core.deposit(device, name, fd)
+        finally:
+            os.close(fd)

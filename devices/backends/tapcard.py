@@ -1,0 +1,97 @@
+"""What a network card is made of on the host: its taps, opened or from the store, its address, its cable."""
+
+from __future__ import annotations
+
+import os
+import struct
+from typing import Any
+
+from cellvisor.core.errors import UsageError
+from cellvisor.devices.backends.tap import Tap, is_gone, open_queues, parse_mac
+
+_CARD = struct.Struct("<6sB")  # address, link down
+
+
+class Card:
+    """What outlives processes and drivers: `mac`, the user's or a random one, and whether the link `is_down`.
+
+    `options` and `host` are the device's. Raises UsageError for options that contradict themselves.
+    """
+
+    def __init__(self, options: Any, host: Any) -> None:
+        check(options)
+        wanted = parse_mac("mac", options.mac) if options.mac is not None else None
+        stored = host.take("card")
+        self._fd = os.memfd_create("card", os.MFD_CLOEXEC) if stored is None else stored
+        if stored is None:
+            os.pwrite(self._fd, _CARD.pack(wanted or b"\x2e" + os.urandom(5), 0), 0)  # locally administered
+            host.deposit("card", self._fd)
+        self.mac, down = _CARD.unpack(os.pread(self._fd, _CARD.size, 0))
+        self.is_down = bool(down)
+
+    def plug(self, up: bool) -> None:
+        """Put the cable in, or pull it out."""
+        self.is_down = not up
+        os.pwrite(self._fd, _CARD.pack(self.mac, self.is_down), 0)
+
+    def close(self) -> None:
+        """Let go of it."""
+        os.close(self._fd)
+
+
+def open_taps(options: Any, host: Any) -> list[Tap]:
+    """Return the queues of a card's tap. Raises UsageError or Conflict naming key and value; nothing is left then."""
+    count = options.num_queues // 2
+    what, name = (f"fd={options.fd}", "fd") if options.fd else (f"tap={options.tap or 'vmtap'}", "tap")
+    stored = [fd for index in range(count) if (fd := host.take(f"{name}{index}")) is not None]
+    taps: list[Tap] = []
+    try:
+        # A tap that somebody deleted may have been made again by now.
+        if len(stored) == count and (options.fd or not is_gone(stored[0])):
+            while stored:
+                taps.append(Tap(stored[0], what))
+                del stored[0]
+            if len({queue.name for queue in taps}) > 1:
+                raise UsageError(f"{what}: of different interfaces: {', '.join(queue.name for queue in taps)}",
+                                 hint="open one interface several times, with IFF_MULTI_QUEUE")
+            return taps
+        while stored:
+            os.close(stored.pop())
+        if options.fd:
+            raise UsageError(f"{what}: no such descriptor came with it",
+                             hint="they are numbers of the process that starts the VM, or come with the request")
+        from cellvisor.devices.backends import tapsetup  # not for who inherits a tap
+
+        address = tapsetup.parse_address(options.ip, options.mask) if options.ip is not None else None
+        taps = open_queues(options.tap, count)
+        tapsetup.set_up(taps[0].name, address, options.mtu,
+                        None if options.host_mac is None else parse_mac("host_mac", options.host_mac))
+        for index, queue in enumerate(taps):
+            host.deposit(f"{name}{index}", queue.fd)
+        return taps
+    except BaseException:
+        for fd in [*stored, *(queue.fd for queue in taps)]:
+            os.close(fd)
+        raise
+
+
+def check(options: Any) -> None:
+    """Refuse what contradicts itself. Raises UsageError."""
+    if (options.ip is None) != (options.mask is None):
+        key, other = ("ip", "mask") if options.mask is None else ("mask", "ip")
+        raise UsageError(f"{key}={getattr(options, key)[:60]} without {other}", hint="give both or none")
+    if options.num_queues % 2:
+        raise UsageError(f"num_queues={options.num_queues} is odd", hint="each pair has a queue in and a queue out")
+    for key in ("mac", "host_mac"):
+        if getattr(options, key) is not None:
+            parse_mac(key, getattr(options, key))
+    if options.tap is not None and (not options.tap or "/" in options.tap or not options.tap.isprintable()):
+        raise UsageError(f"tap={options.tap!r} cannot name an interface")
+    if options.fd is not None:
+        if 2 * len(options.fd) != options.num_queues or len(set(options.fd)) != len(options.fd):
+            raise UsageError(f"fd={options.fd}: {len(set(options.fd))} different descriptors for "
+                             f"num_queues={options.num_queues}", hint="one for each pair of queues")
+        for key in ("tap", "ip", "host_mac"):
+            if getattr(options, key) is not None:
+                raise UsageError(f"{key}={getattr(options, key)[:60]} does not go with fd",
+                                 hint="whoever made the descriptor sets the interface up")

@@ -37,6 +37,11 @@ def find(where: str | None = None) -> str:
     return places.vm_dir(where)
 
 
+def named_socket() -> str | None:
+    """Return the socket or directory that the environment or --api-socket names, if any."""
+    return os.environ.get(ENVIRONMENT) or None
+
+
 def _http_socket(where: str | None) -> str | None:
     """Return the path of the HTTP socket that is meant, if one is: any socket but those in a run directory."""
     if where is None:

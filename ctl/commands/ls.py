@@ -3,34 +3,66 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from cellvisor.core.errors import CellvisorError
-from cellvisor.core.wire import places
 from cellvisor.ctl import common, render
 
 HELP = "List the running VMs of this user."
-EXAMPLE = "cellvisor ls --json"
+EXAMPLE = "cellvisor ls"
+PATIENCE = 3.0  # seconds for all of them together
+NOBODY_KNOWS = {"state": "no answer", "vcpus": None, "memory": None, "devices": None, "uptime": None, "restarts": None}
+COLUMNS = ("NAME", "STATE", "PID ", "VCPUS ", "MIB ", "DEVICES ", "UPTIME ", "RESTARTS ")
+
 add_arguments = common.add_json
 
 
 def run(options: argparse.Namespace) -> int:
-    """Ask every VM for its state; one that does not answer is listed all the same."""
-    from cellvisor.ctl.client import Client
+    """Ask all VMs at once; one that does not answer is listed all the same, one that has just ended is not."""
+    from cellvisor.core.wire import places
+    from cellvisor.ctl.errand import ask_all
 
+    running = places.running()
     found = []
-    for name, pids in places.running().items():
-        entry = {"name": name, "pid": pids.get("pid"), "state": "no answer", "vcpus": None, "memory": None}
-        try:
-            with Client(name, timeout=2.0) as client:
-                info = client.call("info")
-            entry |= {"state": info["state"], "vcpus": info["config"]["cpus"]["boot_vcpus"],
-                      "memory": info["memory_actual_size"]}
-        except CellvisorError as error:
-            entry |= {"state": "Empty"} if error.code == "not-created" else {"error": str(error)}
+    for name, answer in ask_all(running, _ask, PATIENCE).items():
+        entry = {"name": name, "pid": running[name].get("pid"), **NOBODY_KNOWS}
+        if not isinstance(answer, CellvisorError):
+            entry |= answer
+        elif answer.code == "no-vm":
+            continue
+        else:
+            entry |= {"state": "Empty"} if answer.code == "not-created" else {"error": str(answer)}
         found.append(entry)
     if options.json:
         return common.show_json(found)
-    rows = [(str(entry["name"]), str(entry["state"]), str(entry["pid"] or "-"), str(entry["vcpus"] or "-"),
-             f"{entry['memory'] >> 20}" if isinstance(entry["memory"], int) else "-") for entry in found]
-    render.table(("NAME", "STATE", "PID ", "VCPUS ", "MIB "), rows)
+    render.table(COLUMNS, [
+        (str(entry["name"]), str(entry["state"]), _shown(entry["pid"]), _shown(entry["vcpus"]),
+         _shown(entry["memory"], 1 << 20), _shown(entry["devices"]), _since(entry["uptime"]),
+         _shown(entry["restarts"])) for entry in found])
     return 0
+
+
+def _ask(name: str) -> dict[str, Any]:
+    from cellvisor.ctl.client import Client
+
+    with Client(name, timeout=PATIENCE) as client:
+        info = client.call("info")
+        devices = client.call("devices")["devices"]
+    return {"state": info["state"], "vcpus": info["config"]["cpus"]["boot_vcpus"],
+            "memory": info["memory_actual_size"], "devices": len(devices), "uptime": info["uptime"],
+            "restarts": sum(max(0, one.get("generation", 1) - 1) for one in devices)}
+
+
+def _shown(value: object, unit: int = 1) -> str:
+    return str(value // unit) if isinstance(value, int) else "-"
+
+
+def _since(value: object) -> str:
+    """Show seconds as 12s, 3m04s, 2h05m or 6d03h."""
+    if not isinstance(value, (int, float)):
+        return "-"
+    seconds = int(value)
+    for size, name, below, small in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if seconds >= size:
+            return f"{seconds // size}{name}{seconds % size // below:02d}{small}"
+    return f"{seconds}s"

@@ -53,7 +53,7 @@ def test_a_vm_from_create_to_shutdown_vmm(empty: str, tmp_path: Path, monkeypatc
     (tmp_path / "vm.json").write_text(json.dumps(config))
     assert run("info") == (1, "", "cellvisor: info: no VM was created (create one first)\n")
     status, out, _ = run("ls")
-    assert (status, out.split()[5:7]) == (0, ["web", "Empty"])
+    assert (status, out.splitlines()[1].split()[:2]) == (0, ["web", "Empty"])
     assert run("create", str(tmp_path / "vm.json"))[:2] == (0, f"{empty}: created; cellvisor boot starts it\n")
     assert run("boot")[:2] == (0, f"{empty}: booted\n")
     assert run("resize-disk", "--disk", "_disk0", "--size", "1G")[:2] == (0, f"{empty}: _disk0 has 1073741824 bytes\n")

@@ -145,7 +145,7 @@ async def go_on(vm: Supervisor, left: Legacy) -> None:
     try:
         vm.config, vm.memory_effects = found.config, dict(found.memory_effects)
         vm.configured = found.configured
-        vm.inventory = Inventory(vm.nurseries.catalog())
+        vm.inventory = Inventory(vm.nurseries.catalog(), [group.id for group in found.config.groups])
         if found.created:
             vm.inventory.restore(found.inventory)
             vm.state = "Created"

@@ -13,6 +13,7 @@ from cellvisor.controlplane.config import Cpus, Memory, Payload, Serial, VmConfi
 from cellvisor.controlplane.flags import RunFlags
 from cellvisor.controlplane.inventory import Device, Wanted
 from cellvisor.core.errors import Conflict, UsageError
+from cellvisor.core.wire.budget import RateLimitGroup
 from cellvisor.core.wire.messages import pack, unpack
 
 VERSION = 1
@@ -87,4 +88,6 @@ def _config(body: dict[str, Any]) -> VmConfig:
 
 
 def _parts(body: dict[str, Any]) -> dict[str, Any]:
-    return {"cpus": Cpus(**body["cpus"]), "memory": Memory(**body["memory"]), "serial": Serial(**body["serial"])}
+    groups = tuple(RateLimitGroup(**one) for one in body.get("groups", ()))
+    return {"cpus": Cpus(**body["cpus"]), "memory": Memory(**body["memory"]), "serial": Serial(**body["serial"]),
+            "groups": groups}

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from cellvisor.core.errors import UsageError
+from cellvisor.core.wire.budget import RateLimitGroup, check_limits
 from cellvisor.core.wire.options import build, describe, option, parse_kv
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ class VmConfig:
     serial: Serial
     devices: tuple[Device, ...] = ()
     paths: Mapping[str, str] = field(default_factory=dict)  # ptys that were made, by console id or `__serial`
+    groups: tuple[RateLimitGroup, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Return Cloud Hypervisor's VmConfig; types without a place in it are listed under `virtio`."""
@@ -105,6 +107,8 @@ class VmConfig:
             "cpus": self.cpus.as_json(), "memory": self.memory.as_json(), "payload": self.payload.as_json(),
             "serial": self.serial.as_json(), "console": {"mode": "Off"}, "disks": [], "net": [], "virtio": [],
         }
+        if self.groups:
+            body["rate_limit_groups"] = [group.as_json() for group in self.groups]
         if "__serial" in self.paths:
             body["serial"]["file"] = self.paths["__serial"]
         for device in self.devices:
@@ -148,6 +152,21 @@ def check_memory(memory: Memory) -> Memory:
     if memory.size % MIN_MEMORY:
         raise UsageError(f"--memory: size={memory.size} is not a multiple of 2M")
     return memory
+
+
+def check_groups(flag: str, given: list[dict[str, Any]]) -> tuple[RateLimitGroup, ...]:
+    """Make groups of checked options. Raises UsageError for halves of a limit and for names twice or odd."""
+    groups: dict[str, RateLimitGroup] = {}
+    for options in given:
+        group = build(RateLimitGroup, options, flag)
+        if not group.id.isascii() or not group.id.replace("-", "a").replace("_", "a").replace(".", "a").isalnum():
+            raise UsageError(f"{flag}: id={group.id!r} cannot name a group",
+                             hint="letters, digits, '.', '_' and '-' can")
+        if group.id in groups:
+            raise UsageError(f"{flag}: id={group.id} is given twice")
+        check_limits(group.limits(), f"{flag} id={group.id}")
+        groups[group.id] = group
+    return tuple(groups.values())
 
 
 def check_payload(payload: Payload) -> Payload:

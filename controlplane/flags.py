@@ -16,17 +16,18 @@ from cellvisor.controlplane.config import Cpus, Memory, Payload, Serial
 from cellvisor.controlplane.inventory import Wanted
 from cellvisor.controlplane.vmconfig import Order
 from cellvisor.core.errors import UsageError
+from cellvisor.core.wire.budget import RateLimitGroup
 from cellvisor.core.wire.options import build, describe, parse_kv
 from cellvisor.core.wire.places import MAX_SOCKET_PATH, check_name
 
 LATER = (
     "balloon", "debug-console", "device", "firmware", "fs", "generic-vhost-user", "gdb", "landlock",
     "landlock-rules", "memory-zone", "numa", "pci-segment", "platform", "pmem", "pvpanic",
-    "rate-limit-group", "restore", "rtc", "seccomp", "tpm", "user-device", "vdpa", "vsock", "watchdog",
+    "restore", "rtc", "seccomp", "tpm", "user-device", "vdpa", "vsock", "watchdog",
 )
 
 SHAPING = ("--cpus", "--memory", "--disk", "--net", "--rng", "--console", "--serial", "--device-type", "--initramfs",
-           "--cmdline")  # what makes no sense without a kernel
+           "--cmdline", "--rate-limit-group")  # what makes no sense without a kernel
 
 _EXAMPLE = """example:
   cellvisor run --kernel vmlinuz --initramfs initrd.img --cmdline "console=hvc0 root=/dev/vda1" \\
@@ -53,13 +54,14 @@ class RunFlags:
     report: str | None = None
     api_socket: str | None = None
     metrics: str | None = None
+    groups: tuple[RateLimitGroup, ...] = ()
 
     @property
     def order(self) -> Order | None:
         """Return what is to be booted at once, None for a process that waits for vm.create."""
         if self.payload is None:
             return None
-        return Order(self.payload, self.cpus, self.memory, self.serial, self.wanted)
+        return Order(self.payload, self.cpus, self.memory, self.serial, self.wanted, self.groups)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -96,6 +98,9 @@ def parse(argv: list[str]) -> RunFlags:
         report=given.report,
         api_socket=api_socket,
         metrics=None if given.metrics is None else _metrics(given.metrics),
+        groups=config.check_groups("--rate-limit-group", [
+            parse_kv(text, describe(RateLimitGroup), "--rate-limit-group")
+            for group in given.rate_limit_group for text in group]),
     )
 
 
@@ -113,6 +118,8 @@ def _make_parser() -> _Parser:
     add("--disk", metavar="path=P,...", nargs="+", action="append", default=[], help="disks, in order")
     add("--net", metavar="tap=T,...", nargs="+", action="append", default=[],
         help="network cards, in order: tap, ip, mask, mac, host_mac, mtu, fd, num_queues, queue_size, offload_*")
+    add("--rate-limit-group", metavar="id=NAME,...", nargs="+", action="append", default=[],
+        help="limits that the disks with rate_limit_group=NAME share: bw_size, ops_refill_time, ... as for --disk")
     add("--rng", metavar="src=P,...", nargs="?", const="", default="",
         help="entropy source (src=/dev/urandom)")
     add("--console", metavar="MODE", default="tty",

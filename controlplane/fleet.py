@@ -19,6 +19,7 @@ import time
 from collections.abc import Coroutine
 from typing import Any
 
+from cellvisor.controlplane import ratelimit
 from cellvisor.controlplane.blob import Life
 from cellvisor.controlplane.corelink import CoreLink
 from cellvisor.controlplane.events import EventLog
@@ -93,6 +94,8 @@ class Fleet:
         try:
             await self._core.request(CoreVerb.ATTACH, device=device.id, generation=one.generation,
                                      token=one.token, slot=device.slot, type=device.type, **limits)
+            if before is None:
+                ratelimit.give_group(self._core, device)
             one.pid, one.pidfd = await self._nursery.spawn(
                 device.id, one.generation, type=device.type, options=device.options, token=one.token,
                 run_dir=self._run_dir, suspect=suspect, drain=drains)

@@ -6,11 +6,12 @@ underscores. Slots somebody chose are reserved first; every other device gets th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from cellvisor.core.errors import Conflict, NotFound, UsageError
+from cellvisor.core.wire import budget
 from cellvisor.core.wire.options import defaults, parse_kv, validate
 
 SLOTS = range(1, 32)  # slot 0 is the host bridge
@@ -81,8 +82,8 @@ class Device:
 class Inventory:
     """The VM's devices by id. Changes all or nothing."""
 
-    def __init__(self, catalog: Catalog) -> None:
-        self._catalog = catalog
+    def __init__(self, catalog: Catalog, groups: Collection[str] = ()) -> None:
+        self._catalog, self._groups = catalog, groups
         self._devices: dict[str, Device] = {}
         self._count = 0
         self._blocked: set[int] = set()
@@ -196,7 +197,19 @@ class Inventory:
             options = validate({name: value for name, value in want.body.items() if value is not None}, schema,
                                want.flag)
         _check_id(want, options.get("id"))
+        if budget.GROUP in keys:
+            self._check_limits(want.flag, options)
         return options
+
+    def _check_limits(self, flag: str, options: Mapping[str, Any]) -> None:
+        budget.check_limits(options, flag)
+        group = options.get(budget.GROUP)
+        if group is None:
+            return
+        budget.check_member(group, options, flag)
+        if group not in self._groups:
+            known = f"groups: {', '.join(self._groups)}" if self._groups else "the VM has none"
+            raise UsageError(f"{flag}: {budget.GROUP}={group} is not a rate limit group of this VM", hint=known)
 
 
 def _check_id(want: Wanted, key: str | None) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import zmq.asyncio
 
-from cellvisor.controlplane import adopt, descriptors, report
+from cellvisor.controlplane import adopt, descriptors, ratelimit, report
 from cellvisor.controlplane.api import Api
 from cellvisor.controlplane.config import Payload, VmConfig
 from cellvisor.controlplane.consoles import Consoles
@@ -198,10 +198,10 @@ class Supervisor:
 
     def create(self, order: Order) -> None:
         """Take `order` as the VM to boot. Raises CellvisorError, nothing is changed then."""
-        inventory = Inventory(self.nurseries.catalog())
+        inventory = Inventory(self.nurseries.catalog(), [group.id for group in order.groups])
         devices = tuple(inventory.add(order.wanted))
         descriptors.give_named(self.require_core(), devices)
-        self.config = VmConfig(order.cpus, order.memory, order.payload, order.serial, devices)
+        self.config = VmConfig(order.cpus, order.memory, order.payload, order.serial, devices, {}, order.groups)
         self.inventory = inventory
         self.state = "Created"
         self.changed()
@@ -225,6 +225,7 @@ class Supervisor:
 
     def make_fleet(self, core: CoreLink) -> Fleet:
         """Begin with workers."""
+        ratelimit.settle_groups(core, self.config.groups)
         self.fleet = Fleet(core, self.nurseries, self.events, self.rundir.path)
         return self.fleet
 
@@ -233,10 +234,8 @@ class Supervisor:
         return Consoles(core, self.terminal, self.config.devices, self.config.serial.mode)
 
     async def _configure(self, core: CoreLink) -> Consoles:
-        consoles = self.consoles(core)
+        consoles, fleet, self.configured = self.consoles(core), self.make_fleet(core), True
         consoles.give_terminal()
-        fleet = self.make_fleet(core)
-        self.configured = True
         made = await core.request(CoreVerb.CONFIGURE, CORE_TIMEOUT, **self.config.for_core())
         self.memory_effects = made.get("memory", {})
         self.stages.add("configured", time.monotonic_ns())

@@ -14,12 +14,13 @@ from cellvisor.controlplane import config
 from cellvisor.controlplane.config import Cpus, Memory, Payload, Serial
 from cellvisor.controlplane.inventory import Wanted
 from cellvisor.core.errors import UsageError
+from cellvisor.core.wire.budget import RateLimitGroup
 from cellvisor.core.wire.options import build, option
 
 _NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {})
 # Keys that cellvisor has no use for, with the values that ask for nothing.
 _LATER: Mapping[str, tuple[Any, ...]] = dict.fromkeys((
-    "rate_limit_groups", "balloon", "fs", "generic_vhost_user", "pmem", "devices", "user_devices", "vdpa",
+    "balloon", "fs", "generic_vhost_user", "pmem", "devices", "user_devices", "vdpa",
     "vsock", "debug_console", "pvpanic", "iommu", "numa", "watchdog", "rtc", "gdb", "pci_segments", "platform", "tpm",
     "landlock_enable", "landlock_rules", "ivshmem"), _NOTHING)
 _CPUS_LATER: Mapping[str, tuple[Any, ...]] = {
@@ -33,7 +34,7 @@ _PAYLOAD_LATER: Mapping[str, tuple[Any, ...]] = dict.fromkeys(("firmware", "igvm
 _LIMITS = {"bandwidth": "bw", "ops": "ops"}
 # ch-remote spells out every key of a device; how a disk is locked and read is the device's to choose.
 _IDLE: Mapping[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("vhost_user", "vhost_socket", "rate_limit_group", "backing_files"), (None, False)),
+    **dict.fromkeys(("vhost_user", "vhost_socket", "backing_files"), (None, False)),
     **dict.fromkeys(("disable_io_uring", "disable_aio"), (None, False, True)),
     "vhost_mode": (None, "Client"), "lock_granularity": (None, "Full", "ByteRange"), "image_type": (None, "Unknown")}
 
@@ -47,6 +48,7 @@ class Order:
     memory: Memory
     serial: Serial
     wanted: tuple[Wanted, ...]
+    groups: tuple[RateLimitGroup, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +66,7 @@ class _Payload:
 
 def read(body: Mapping[str, Any]) -> Order:
     """Check a VmConfig that may be hostile. Raises UsageError naming the key."""
-    known = ("cpus", "memory", "payload", "serial", "console", "rng", "disks", "net", "virtio")
+    known = ("cpus", "memory", "payload", "serial", "console", "rng", "disks", "net", "virtio", "rate_limit_groups")
     given = _known(body, known, _LATER, "create")
     cpus = build(_Cpus, _known(_object(given, "cpus"), _names(_Cpus), _CPUS_LATER, "cpus"), "cpus")
     memory = build(Memory, _known(_object(given, "memory"), _names(Memory, "shared"), _MEMORY_LATER, "memory"),
@@ -77,7 +79,8 @@ def read(body: Mapping[str, Any]) -> Order:
         config.check_cpus(Cpus(boot=cpus.boot_vcpus, max=cpus.max_vcpus)),
         config.check_memory(memory),
         _serial(_object(given, "serial")),
-        tuple(_wanted(given)))
+        tuple(_wanted(given)),
+        config.check_groups("rate_limit_groups", [flat(group) for group in _list(given, "rate_limit_groups")]))
 
 
 def _names(cls: type[Any], *but: str) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from cellvisor.core.errors import CellvisorError, UsageError
+from cellvisor.core.wire.budget import RateLimitArgs
 from cellvisor.core.wire.options import describe, option, validate
 
 VERSION = 1
@@ -140,6 +141,7 @@ _TABLE = (
     Verb("resize", "change vCPUs, memory or balloon", path="vm.resize", ready=False),
     Verb("resize-zone", "change a memory zone's size", path="vm.resize-zone", ready=False),
     Verb("resize-disk", "change a disk's size", ResizeDiskArgs, path="vm.resize-disk"),
+    Verb("set-rate-limit", "change how many bytes and requests a disk or a rate limit group may do", RateLimitArgs),
     Verb("add-disk", "plug a disk", ObjectArgs, path="vm.add-disk", answers=True),
     Verb("add-rng", "plug an entropy source", ObjectArgs, answers=True),
     Verb("add-console", "plug a console", ObjectArgs, answers=True),

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from cellvisor.core.abi import virtio
 from cellvisor.core.errors import RingError, UsageError
 from cellvisor.devices.backends.disk import FENCE_SECONDS, SECTOR, Disk, drop, take, wait_released
-from cellvisor.devices.device import Chain, DeviceBase, DeviceOptions, Host, Queue, Spec, option
+from cellvisor.devices.backends.limiter import KEYS, LimitedOptions, limiter_of
+from cellvisor.devices.device import Chain, DeviceBase, Host, Queue, Spec, option
 
 MAX_SEGMENTS = 32              # of one discard; a page full would be 256
 MAX_DISCARD = (1 << 30) // SECTOR
@@ -36,7 +38,7 @@ class Blk(DeviceBase):
     help: ClassVar[str] = "disk on a raw file or a block device"
 
     @dataclass(frozen=True, slots=True, kw_only=True)
-    class Options(DeviceOptions):
+    class Options(LimitedOptions):
         path: str = option(help="raw image or block device", path=True)
         readonly: bool = option(False, help="refuse writes; several readers may share a file")
         direct: bool = option(False, help="bypass the host's page cache (O_DIRECT)")
@@ -53,6 +55,9 @@ class Blk(DeviceBase):
         for pin in options.queue_affinity:
             if pin.queue_index >= options.num_queues:
                 raise UsageError(f"queue_affinity: queue {pin.queue_index} of {options.num_queues} queues")
+        self._limiter = limiter_of(options, host)
+        self._waiting: dict[int, deque[Chain]] = {}  # fetched, by queue: what the limits hold up
+        self._timers: dict[int, int] = {}
         self.disk = Disk(options.path, readonly=options.readonly, direct=options.direct,
                          patience=FENCE_SECONDS if host.generation > 1 else 0.0)
         self._pin(sorted({cpu for pin in options.queue_affinity for cpu in pin.host_cpus}))
@@ -67,7 +72,8 @@ class Blk(DeviceBase):
             if options.sparse:
                 self._serve[virtio.BLK_T_DISCARD] = self._discard
 
-    COUNTERS: ClassVar[tuple[str, ...]] = ("read_bytes", "write_bytes", "read_ops", "write_ops", "errors", "busy_us")
+    COUNTERS: ClassVar[tuple[str, ...]] = ("read_bytes", "write_bytes", "read_ops", "write_ops", "errors", "busy_us",
+                                          "throttled")
 
     @staticmethod
     def _pin(cpus: list[int]) -> None:
@@ -101,11 +107,50 @@ class Blk(DeviceBase):
     def on_activate(self, features: int) -> None:
         # 5.2.6.2: without FLUSH the driver takes every completed write for durable
         self._write_through = not features & virtio.BLK_F_FLUSH
+        self._let_go()  # the ring's recovery hands out again what was fetched
 
     def on_queue(self, index: int, queue: Queue) -> None:
-        for chain in queue.harvest():
+        if self._limiter.idle and not self._waiting:
+            for chain in queue.harvest():
+                queue.begin(chain)
+                queue.complete(chain, self._request(chain))
+            return
+        waiting = self._waiting.setdefault(index, deque())
+        waiting += queue.harvest()
+        while waiting:
+            size = max(waiting[0].writable_size - 1, 0) + max(waiting[0].readable_size - virtio.BLK_REQUEST.size, 0)
+            if wait := self._limiter.take(size):
+                self._come_back(index, wait)
+                return
+            chain = waiting.popleft()
             queue.begin(chain)
             queue.complete(chain, self._request(chain))
+        del self._waiting[index]
+
+    def _come_back(self, index: int, seconds: float) -> None:
+        """Have the queue served again then; what it waits for stays fetched, so a successor finds it."""
+        def due() -> None:
+            self._timers.pop(index, None)
+            self.host.kick(index)
+
+        if index not in self._timers:
+            self._counts["throttled"] += 1
+            self._timers[index] = self.host.after(seconds, due)
+
+    def _stop_timers(self) -> None:
+        for timer in self._timers.values():
+            self.host.cancel(timer)
+        self._timers.clear()
+
+    def _let_go(self) -> None:
+        self._stop_timers()
+        self._waiting.clear()
+
+    def on_reset(self) -> None:
+        self._let_go()
+
+    def on_pause(self) -> None:
+        self._stop_timers()  # every queue is kicked after the pause
 
     def _request(self, chain: Chain) -> int:
         """Serve one request; return how many bytes of the writable part are valid."""
@@ -197,7 +242,15 @@ class Blk(DeviceBase):
 
     def call(self, verb: str, args: dict[str, Any]) -> Any:
         """resize {size}: change the image's size in bytes and tell the driver. Requests that were made for a larger
-        disk fail when they are served."""
+        disk fail when they are served. limit {bw_size, ...}: other rate limits, at once;
+        without keys those of its group have changed."""
+        if verb == "limit":
+            if not self._limiter.shared:
+                self._limiter.set({key: value for key, value in args.items() if key in KEYS})
+            self._stop_timers()  # they were for the old ones
+            for index in self._waiting:
+                self.host.kick(index)
+            return {}
         if verb != "resize":
             return super().call(verb, args)
         size = args.get("size")
@@ -229,6 +282,7 @@ class Blk(DeviceBase):
 
     def close(self) -> None:
         self.disk.close()
+        self._limiter.close()
 
 
 class Refused(Exception):

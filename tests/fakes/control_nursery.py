@@ -10,12 +10,13 @@ import sys
 from dataclasses import dataclass
 
 from cellvisor.core.wire import fdpass
+from cellvisor.core.wire.budget import LimitedOptions
 from cellvisor.core.wire.messages import FromNursery, ToNursery
 from cellvisor.core.wire.options import DeviceOptions, describe, option
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Disk(DeviceOptions):
+class Disk(LimitedOptions):
     path: str = option(path=True)
     readonly: bool = option(False)
 

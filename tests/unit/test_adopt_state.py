@@ -27,10 +27,12 @@ def record(tmp_path: Path) -> Record:
     kernel = tmp_path / "kernel"
     kernel.write_bytes(b"kernel")
     given = flags.parse(["--kernel", str(kernel), "--disk", "path=a,serial=7", "--memory", "size=1G",
-                         "--cpus", "boot=2", "--serial", "file=/tmp/x", "--name", "web", "-v"])
+                         "--cpus", "boot=2", "--serial", "file=/tmp/x", "--name", "web", "-v",
+                         "--rate-limit-group", "id=g,ops_size=5,ops_refill_time=7"])
     assert given.payload is not None
     disk = Device("_disk0", "blk", "disk", 2, {"path": "a", "serial": "7"})
-    config = VmConfig(given.cpus, given.memory, given.payload, given.serial, (disk,), {"__serial": "/dev/pts/9"})
+    config = VmConfig(given.cpus, given.memory, given.payload, given.serial, (disk,), {"__serial": "/dev/pts/9"},
+                      given.groups)
     return Record(flags=given, config=config, began=7, created=True, configured=True,
                   inventory={"count": 1, "blocked": [], "devices": []},
                   lives={"_disk0": Life(3, "token", True, "because", True, [1.5, 2.5])}, present=2,

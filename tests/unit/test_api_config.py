@@ -36,7 +36,8 @@ def test_as_cloud_hypervisor_shows_its_own(kernel: str) -> None:
                    "hotplugged_size": None, "shared": False, "hugepages": False, "hugepage_size": None,
                    "prefault": True, "zones": None, "thp": True},
         "payload": {"firmware": None, "kernel": kernel, "cmdline": "quiet", "initramfs": None},
-        "rate_limit_groups": None,
+        "rate_limit_groups": [{"id": "g", "rate_limiter_config": {"bandwidth": None, "ops": {
+            "size": 20, "one_time_burst": None, "refill_time": 100}}}],
         "disks": [{"path": "/a", "readonly": True, "rate_limiter_config": {
             "bandwidth": {"size": 1000, "one_time_burst": 0, "refill_time": 100}, "ops": None}}],
         "net": None, "rng": {"src": "/dev/random", "iommu": False}, "balloon": None, "fs": None, "pmem": None,
@@ -48,6 +49,8 @@ def test_as_cloud_hypervisor_shows_its_own(kernel: str) -> None:
         "landlock_enable": False, "landlock_rules": None,
     })
     assert (order.cpus.boot, order.cpus.max, order.memory.prefault) == (2, 4, True)
+    assert [group.as_json()["rate_limiter_config"]["ops"] for group in order.groups] == [
+        {"size": 20, "one_time_burst": 0, "refill_time": 100}]
     assert [(want.kind, dict(want.body or {})) for want in order.wanted] == [
         ("console", {"mode": "Pty", "iommu": False}),
         ("disk", {"path": "/a", "readonly": True, "bw_size": 1000, "bw_one_time_burst": 0, "bw_refill_time": 100}),
@@ -78,6 +81,9 @@ def test_devices_of_any_type(kernel: str) -> None:
     ({"memory": {"size": True}}, "memory: size=on is not a whole number"),
     ({"memory": {"hotplug_size": 1 << 30}}, "memory: hotplug_size is not supported yet"),
     ({"net": [{"fds": [3]}]}, r"create: fds=\[3\]: descriptors come with add-net"),
+    ({"rate_limit_groups": [{"id": "a", "rate_limiter_config": {"ops": {"size": 1}}}]},
+     "rate_limit_groups id=a: ops_size=1 needs ops_refill_time"),
+    ({"rate_limit_groups": [{"id": "a", "size": 1}]}, "rate_limit_groups: unknown key 'size'"),
     ({"watchdog": True}, "create: watchdog is not supported yet"),
     ({"disk": []}, "create: unknown key 'disk' .did you mean disks"),
     ({"disks": {}}, "disks: not a list of objects"),

@@ -114,6 +114,7 @@ ARGS: dict[str, dict[str, Any]] = {
     "add-virtio": {"type": "blk", "path": "x"},
     "validate": {"verb": "add-disk", "path": "x"}, "remove-device": {"id": "_disk0"},
     "resize-disk": {"id": "_disk0", "desired_size": 1 << 20}, "restart-device": {"id": "_disk0"},
+    "set-rate-limit": {"id": "_disk0", "bw_size": 1 << 20, "bw_refill_time": 100},
     "set-link": {"id": "_disk0", "link": "up"}, "drain-device": {"id": "_disk0"}, "upgrade-device": {"id": "_disk0"},
 }
 ENDING = ("shutdown", "shutdown-vmm", "delete")
@@ -184,8 +185,17 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
     ("resize-disk", {"id": "_disk0", "desired_size": -1}, 400, "desired_size=-1 is out of range"),
     ("resize-disk", {"id": "_disk0", "desired_size": "1X"}, 400, "desired_size=1X is not a size"),
     ("resize-disk", {"id": "_disk0"}, 400, "resize-disk: desired_size is missing"),
+    ("set-rate-limit", {"id": "nope"}, 404, "no device 'nope'"),
+    ("set-rate-limit", {"id": "__rng"}, 400, "set-rate-limit: id=__rng is not a disk but rng"),
+    ("set-rate-limit", {"id": "_disk0", "ops_size": 7}, 400, "set-rate-limit: ops_size=7 needs ops_refill_time"),
+    ("set-rate-limit", {"bw_size": 7}, 400, "set-rate-limit: give id (of a disk) or group"),
+    ("set-rate-limit", {"group": "nope"}, 404, "no rate limit group 'nope'"),
+    ("set-rate-limit", {"id": "_disk0", "ops_size": -1}, 400, "ops_size=-1 is out of range"),
+    ("set-rate-limit", {"id": "_disk0", "ops": 1}, 400, "unknown key 'ops'"),
     ("remove-device", {"id": "nope"}, 404, "no device 'nope'"),
     ("add-disk", {"path": "x", "id": "_disk0"}, 409, "id=_disk0 is used"),
+    ("add-disk", {"path": "x", "rate_limit_group": "nope"}, 400, "rate_limit_group=nope is not a rate limit group"),
+    ("add-disk", {"path": "x", "rate_limiter_config": {"ops": {"size": 1}}}, 400, "ops_size=1 needs ops_refill_time"),
     ("add-disk", {"path": "x", "id": "__x"}, 400, "id=__x begins with two underscores"),
     ("add-disk", {"path": "x", "pci_device_id": 32}, 400, "pci_device_id=32 is outside the range"),
     ("add-disk", {"path": "x", "pci_device_id": 2}, 409, "already used: 2"),
@@ -265,7 +275,8 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4), max_leaves=8)
 KEYS = st.sampled_from(["id", "path", "desired_size", "type", "verb", "timeout", "action", "seen", "since", "processes",
                         "host_only", "readonly", "pci_device_id", "pci_segment", "mode", "file", "=", "payload",
-                        "cpus", "memory", "disks", "console", "serial", "rng", "virtio", "rate_limiter_config"])
+                        "cpus", "memory", "disks", "console", "serial", "rng", "virtio", "rate_limiter_config",
+                        "bw_size", "ops_size", "ops_refill_time"])
 VALUES = JSON | st.sampled_from(["_disk0", "__rng", "list", "wait", "cancel", "add-disk", "blk", "x" * 5000, 2**63])
 FUZZED = [name for name in VERBS if name not in (*ENDING, "pause", "remove-device", "drain-device", "upgrade-device")]
 

@@ -8,6 +8,7 @@ from cellvisor.controlplane.config import Cpus, Memory, Payload, Serial, VmConfi
 from cellvisor.controlplane.inventory import Inventory, Wanted
 from cellvisor.controlplane.nurserylink import exit_status, parse_catalog
 from cellvisor.core.errors import CellvisorError, Conflict, NotFound, UsageError
+from cellvisor.core.wire.budget import KEYS
 from tests.fakes.control_nursery import CATALOG
 
 CONSOLE = Wanted("--console", "console", "tty", "__console")
@@ -20,7 +21,7 @@ def disk(text: str) -> Wanted:
 
 @pytest.fixture
 def inventory() -> Inventory:
-    return Inventory(parse_catalog(CATALOG))
+    return Inventory(parse_catalog(CATALOG), ["g", "h"])
 
 
 def test_usual_vm(inventory: Inventory) -> None:
@@ -30,7 +31,7 @@ def test_usual_vm(inventory: Inventory) -> None:
         ("__rng", 5, "rng")]
     later = inventory.add([disk("path=d")])[0]
     assert (later.id, later.bdf) == ("_disk2", "0000:00:06.0")
-    assert later.options == {"path": "d", "readonly": False}
+    assert later.options == {"path": "d", "readonly": False, **dict.fromkeys(KEYS, 0)}
     assert inventory.get("data").slot == 3
     with pytest.raises(NotFound, match="no device 'nope'"):
         inventory.get("nope")
@@ -44,7 +45,7 @@ def test_chosen_slots_are_reserved_first(inventory: Inventory) -> None:
 def test_by_type_name(inventory: Inventory) -> None:
     one = inventory.add([Wanted("--device-type", "blk", "path=x", by_verb=False)])[0]
     assert (one.id, one.verb) == ("_disk0", "disk")
-    with pytest.raises(UsageError, match=r"no device type 'bkl' .did you mean blk\? known types: blk, console, rng"):
+    with pytest.raises(UsageError, match=r"no device type 'bkl' .did you mean blk\? known types: blk, console, net, rng"):
         inventory.add([Wanted("--device-type", "bkl", "", by_verb=False)])
     with pytest.raises(UsageError, match="bent cannot be loaded: SyntaxError"):
         inventory.add([Wanted("--device-type", "bent", "", by_verb=False)])
@@ -56,6 +57,12 @@ def test_by_type_name(inventory: Inventory) -> None:
     (["path=a,pci_device_id=3", "path=b,pci_device_id=3"], Conflict,
      "Valid PCI device identifier but already used: 3"),
     (["path=a,pci_device_id=1"], Conflict, "already used: 1 .by __console"),
+    (["path=a,bw_size=1M"], UsageError, "--disk: bw_size=1048576 needs bw_refill_time"),
+    (["path=a,ops_refill_time=5"], UsageError, "--disk: ops_refill_time=5 needs ops_size"),
+    (["path=a,ops_size=-1"], UsageError, "ops_size=-1 is out of range"),
+    (["path=a,ops_size=1,ops_refill_time=86400001"], UsageError, "ops_refill_time=86400001 is above 86400000"),
+    (["path=a,rate_limit_group=f"], UsageError, r"rate_limit_group=f is not a rate .* .groups: g, h"),
+    (["path=a,rate_limit_group=g,bw_size=1,bw_refill_time=1"], UsageError, "bw_size=1 beside rate_limit_group=g"),
     (["path=a,id=__x"], UsageError, "id=__x begins with two underscores"),
     (["path=a,id=a/b"], UsageError, "id='a/b' cannot name a device"),
     (["path=a,id=d", "path=b,id=d"], Conflict, "id=d is used"),

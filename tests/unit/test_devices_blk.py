@@ -84,7 +84,8 @@ def test_read_and_write(make: Make, image: Path, direct: bool) -> None:
     assert rig.request([header(FLUSH)], [1]) == bytes([OK])
     counted = rig.device.counters()
     assert counted.pop("busy_us") > 0
-    assert counted == {"read_bytes": 1536, "write_bytes": 2048, "read_ops": 1, "write_ops": 1, "errors": 0}
+    assert counted == {"read_bytes": 1536, "write_bytes": 2048, "read_ops": 1, "write_ops": 1, "errors": 0,
+                       "throttled": 0}
 
 
 @pytest.mark.parametrize("direct", [False, True])

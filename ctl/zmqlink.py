@@ -11,10 +11,11 @@ import zmq
 
 from cellvisor.core.errors import CellvisorError, NotFound, TryAgain, from_wire
 from cellvisor.core.wire import places
-from cellvisor.core.wire.control import request
+from cellvisor.core.wire.control import VERBS, request
 from cellvisor.core.wire.messages import MAX_MESSAGE, pack, unpack
 
 POLL_MS = 250  # how often a silent VM is checked for being alive
+SUCCESSOR_SECONDS = 1.0  # for the answer to a request that only a successor got
 
 
 class ZmqLink:
@@ -37,12 +38,19 @@ class ZmqLink:
     def call(self, verb: str, args: dict[str, Any]) -> Any:
         """Ask for `verb`. Raises the CellvisorError that is answered, NotFound or TryAgain."""
         key = os.urandom(12).hex()
+        pilot = self._pilot()
         self._socket.send(pack(request(key, verb, args)))
         until = time.monotonic() + self._timeout
         while True:
             if not self._socket.poll(POLL_MS):
                 if time.monotonic() > until or not self.is_alive():
-                    raise self._no_answer(verb)
+                    raise self._no_answer(verb, pilot)
+                if self._pilot() != pilot:  # a request that it had taken died with it
+                    if _repeats(verb, args):
+                        pilot = self._pilot()
+                        self._socket.send(pack(request(key, verb, args)))
+                    else:
+                        until = min(until, time.monotonic() + SUCCESSOR_SECONDS)
                 continue
             body = unpack(self._socket.recv())
             if body.get("id") not in (key, None):
@@ -52,9 +60,20 @@ class ZmqLink:
                 raise from_wire(error)
             return body.get("ok")
 
-    def _no_answer(self, verb: str) -> CellvisorError:
+    def _pilot(self) -> str:
+        """Return what tells one controlplane from the next; "" if it is not to be seen from here."""
+        try:
+            with open(os.path.join(self._path, places.PILOT)) as file:
+                return file.read()
+        except OSError:
+            return ""
+
+    def _no_answer(self, verb: str, pilot: str) -> CellvisorError:
         if not self.is_alive():
             return NotFound(f"{verb}: the VM in {self._path} has ended", code="no-vm")
+        if self._pilot() != pilot:
+            return TryAgain(f"{verb}: the controlplane died over it and a successor goes on",
+                            hint="see cellvisor ops and devices for what became of it", code="no-answer")
         return TryAgain(f"{verb}: no answer within {self._timeout:g} s", hint="see cellvisor events",
                         code="no-answer")
 
@@ -88,3 +107,9 @@ class ZmqLink:
         """Disconnect."""
         self._socket.close()
         self._context.term()
+
+
+def _repeats(verb: str, args: dict[str, Any]) -> bool:
+    """Tell whether asking twice is as good as asking once."""
+    known = VERBS.get(verb)
+    return args.get("action") != "cancel" if verb == "ops" else known is not None and known.reads

@@ -1,9 +1,13 @@
-"""A controlplane that kills itself at a step. `CRASH_PLAN` names a file; each controlplane takes its first line:
+"""A controlplane that kills itself or another at a step. `CRASH_PLAN` names a file; each takes its first line:
 
     before N         SIGKILL instead of step N (from 0)
     during N         SIGKILL a moment after step N was begun, its answer may have come or not
     before NAME N    the same, counting only steps of that name
     never            nothing
+
+`CRASH_ORDER` names a file that may come later, "WHEN N VICTIM"; steps are counted from its coming on. VICTIM is the
+name of a process (cv-nursery, cv-DEVICE) or "self". The file goes when it is carried out.
+
 Steps are: a process started (core, nursery), descriptors left in core (leave_descriptors), a request to core (its
 verb), a nursery opened (open), a worker forked (spawn).
 """
@@ -11,6 +15,7 @@ verb), a nursery opened (open), a worker forked (spawn).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -72,6 +77,38 @@ class Crash:
             setattr(cls, name, self.awaited(getattr(cls, name)))
 
 
+class Order(Crash):
+    """Looks for the order at each step."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("", "", -1)
+        self._path, self._text = path, ""
+
+    def _is_now(self, name: str) -> bool:
+        text = self._path.read_text() if self._path.exists() else ""
+        if text != self._text:
+            self._text, self._count = text, 0
+            self._when, self._number = (text.split()[0], int(text.split()[1])) if text else ("", -1)
+        return bool(text) and super()._is_now(name)
+
+    def _die(self) -> None:
+        victim = self._text.split()[2]
+        self._path.unlink()
+        for pid in [os.getpid()] if victim == "self" else named(victim):
+            os.kill(pid, signal.SIGKILL)
+
+
+def named(name: str) -> list[int]:
+    """Return the processes of that name among those of this VM."""
+    mine, found = f"XDG_RUNTIME_DIR={os.environ['XDG_RUNTIME_DIR']}".encode(), []
+    for entry in filter(str.isdecimal, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            if (Path(f"/proc/{entry}/comm").read_text().strip() == name
+                    and mine in Path(f"/proc/{entry}/environ").read_bytes().split(b"\0")):
+                found.append(int(entry))
+    return found
+
+
 def take_line(plan: Path) -> str:
     """Take the first line out of the plan."""
     first, _, rest = plan.read_text().partition("\n")
@@ -80,8 +117,10 @@ def take_line(plan: Path) -> str:
 
 
 if __name__ == "__main__":
-    words = take_line(Path(os.environ["CRASH_PLAN"])).split()
-    if len(words) > 1:
+    words = take_line(Path(os.environ["CRASH_PLAN"])).split() if "CRASH_PLAN" in os.environ else []
+    if "CRASH_ORDER" in os.environ:
+        Order(Path(os.environ["CRASH_ORDER"])).arm()
+    elif len(words) > 1:
         Crash(words[0], " ".join(words[1:-1]), int(words[-1])).arm()
     sys.exit(main(programs=processes.Programs(successor=(sys.executable, os.path.abspath(__file__), "adopt",
                                                          "--as-successor"))))

@@ -13,21 +13,23 @@ from tests.native.guest import GuestResult, Running, build
 
 
 def start_cellvisor(cmdline: str, where: Path, *, disks: Sequence[Path | str] = (), extra: Sequence[str] = (),
-                    initramfs: Path | None = None, cpus: int = 1, memory: int = 256, console: str = "off") -> Running:
+                    initramfs: Path | None = None, cpus: int = 1, memory: int = 256, console: str = "off",
+                    program: Sequence[str] = (str(Path(sys.executable).with_name("cellvisor")),),
+                    environ: dict[str, str] | None = None) -> Running:
     """Start `cellvisor run` with the guest. A disk is a path or a whole --disk argument; `memory` in MiB.
 
     Its run directory is private to this VM, so tests may run side by side.
     """
     serial = where / "serial.txt"
     command = [
-        str(Path(sys.executable).with_name("cellvisor")), "run", "--kernel", str(build()), "--cmdline", cmdline,
+        *program, "run", "--kernel", str(build()), "--cmdline", cmdline,
         "--serial", f"file={serial}", "--console", console, "--cpus", f"boot={cpus}", "--memory", f"size={memory}M",
     ]
     if initramfs is not None:
         command += ["--initramfs", str(initramfs)]
     for disk in disks:
         command += ["--disk", f"path={disk}" if isinstance(disk, Path) else disk]
-    environment = dict(os.environ, XDG_RUNTIME_DIR=runtime_dir(where))
+    environment = dict(os.environ, XDG_RUNTIME_DIR=runtime_dir(where), **(environ or {}))
     return Running([*command, *extra], serial, where / "vmm.log", environment)
 
 

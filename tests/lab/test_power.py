@@ -71,6 +71,17 @@ def _vcpu_ticks(guest: Linux) -> int:
     return int(fields[11]) + int(fields[12])
 
 
+def test_nmi_reaches_every_vcpu(shared: Linux) -> None:
+    def received() -> list[int]:
+        words = shared.run("grep NMI: /proc/interrupts").split()
+        return [int(word) for word in words if word.isdecimal()]
+
+    before = received()
+    shared.ctl("nmi")
+    assert received() == [count + 1 for count in before]
+    assert "NMI received for unknown reason" in shared.run("dmesg | grep -i nmi")
+
+
 def test_power_button_reaches_the_guest(shared: Linux) -> None:
     shared.run("modprobe -a button evdev")
     assert "Power Button" in shared.run("cat /proc/bus/input/devices")

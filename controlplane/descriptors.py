@@ -36,6 +36,14 @@ def named(device: Device) -> list[int]:
     return found if isinstance(found, list) else []
 
 
+def take_back(core: CoreLink, devices: Iterable[Device]) -> None:
+    """Have core close what devices were given that it never learned of: nothing else names them."""
+    for device in devices:
+        for index in range(len(named(device))):
+            with contextlib.suppress(OSError, CellvisorError), open(os.devnull) as nothing:
+                core.deposit(device.id, f"fd{index}", nothing.fileno())
+
+
 def collect(core: CoreLink | None, devices: Iterable[Device]) -> Kept:
     """Take out of core what the devices were given: it is about to end and another follows."""
     kept: Kept = []

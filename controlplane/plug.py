@@ -121,6 +121,7 @@ class Plug:
         device = vm.inventory.get(key)
         if vm.state == "Created":
             operation = self.operations.begin("remove-device", key, device.bdf)
+            descriptors.take_back(self._core(), [device])
             vm.inventory.release(key)
             self._unwant(key)
             self.operations.move(operation, OpState.DONE)

@@ -208,6 +208,7 @@ class Supervisor:
 
     def delete(self) -> None:
         """Forget what was created."""
+        descriptors.take_back(self.require_core(), self.config.devices)
         self.config = VmConfig(self.flags.cpus, self.flags.memory, Payload(""), self.flags.serial)
         self.inventory = Inventory(self.nurseries.catalog())
         self.state = "Empty"

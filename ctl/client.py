@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from cellvisor.core.errors import NotFound, UsageError
@@ -62,8 +62,8 @@ def _is_in_run_dir(path: str) -> bool:
 class Link(Protocol):
     """A way to reach a VM."""
 
-    def call(self, verb: str, args: dict[str, Any]) -> Any:
-        """Ask and return the answer."""
+    def call(self, verb: str, args: dict[str, Any], fds: Sequence[int] = ()) -> Any:
+        """Ask and return the answer; descriptors go along."""
 
     def events(self, since: int, follow: bool) -> Iterator[dict[str, Any]]:
         """Yield kept events, then new ones."""
@@ -97,12 +97,12 @@ class Client:
             self.name = self.path.rpartition("/")[2]
             self._link = ZmqLink(self.path, timeout)
 
-    def call(self, verb: str, /, **args: Any) -> Any:
-        """Ask for `verb` and return the answer. Raises the CellvisorError that the VM answers.
+    def call(self, verb: str, /, *fds: int, **args: Any) -> Any:
+        """Ask for `verb` and return the answer; `fds` go along, over HTTP. Raises the CellvisorError that is answered.
 
         Raises TryAgain (code "no-answer") after the time-out: the VM may still do what was asked.
         """
-        return self._link.call(verb, args)
+        return self._link.call(verb, args, fds)
 
     def events(self, since: int = 0, follow: bool = True) -> Iterator[dict[str, Any]]:
         """Yield kept events with a number above `since`, then new ones until the VM ends."""

@@ -9,7 +9,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cellvisor.core.errors import CellvisorError, NotFound, TryAgain, from_wire
@@ -37,7 +37,7 @@ class HttpLink:
                            hint="is the VM running, and was it started with this socket?", code="no-vm") from None
         return sock
 
-    def call(self, verb: str, args: dict[str, Any]) -> Any:
+    def call(self, verb: str, args: dict[str, Any], fds: Sequence[int] = ()) -> Any:
         """Ask for `verb`. Raises the CellvisorError that is answered, NotFound or TryAgain."""
         known = VERBS.get(verb)
         path = known.http_path if known is not None else f"vm.{verb}"
@@ -48,19 +48,20 @@ class HttpLink:
                 "Host: localhost\r\nAccept: */*\r\nX-Cellvisor-Answer: full\r\n"
                 f"X-Cellvisor-Request: {os.urandom(12).hex()}\r\n")
         data = head.encode() + (b"Content-Length: %d\r\n" % len(body) if body else b"") + b"\r\n" + body
-        status, fields, answer = self._exchange(verb, data)
+        status, fields, answer = self._exchange(verb, data, fds)
         value = _load(answer)
         if status in (200, 204):
             return {} if value is None else value
         raise _error(status, fields, value)
 
-    def _exchange(self, verb: str, data: bytes) -> tuple[int, dict[str, str], bytes]:
+    def _exchange(self, verb: str, data: bytes, fds: Sequence[int]) -> tuple[int, dict[str, str], bytes]:
         """Send and receive; once more if a connection that was kept has been closed. The request has an id."""
         kept = self._sock is not None
         try:
             if self._sock is None:
                 self._sock = self._connect()
-            self._sock.sendall(data)
+            sent = socket.send_fds(self._sock, [data], list(fds)) if fds else 0
+            self._sock.sendall(data[sent:])
             return self._receive(self._sock)
         except TimeoutError:
             self.close()
@@ -70,7 +71,7 @@ class HttpLink:
             self.close()
             if not kept:
                 raise NotFound(f"{verb}: {self._path} was closed before it answered", code="no-vm") from None
-            return self._exchange(verb, data)
+            return self._exchange(verb, data, fds)
 
     def _receive(self, sock: socket.socket) -> tuple[int, dict[str, str], bytes]:
         seen = b""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -38,14 +40,29 @@ def split(options: argparse.Namespace, *, optional: bool = False) -> tuple[str |
     return None, words[0]
 
 
-def add(options: argparse.Namespace, verb: str, *, optional: bool = False, **more: Any) -> int:
-    """Add a device whose options are the last word, and follow it."""
+def add(options: argparse.Namespace, verb: str, *, optional: bool = False, fds: bool = False, **more: Any) -> int:
+    """Add a device whose options are the last word, and follow it. `fds`: its key fd names descriptors of ours."""
     from cellvisor.ctl.client import Client
 
     vm, text = split(options, optional=optional)
+    text, ours = take_fds(text) if fds else (text, ())
     with Client(vm) as client:
-        answer = client.call(verb, **more, **{TEXT: text})
+        answer = client.call(verb, *ours, **more, **{TEXT: text})
         return follow(client, options, answer)
+
+
+def take_fds(text: str) -> tuple[str, tuple[int, ...]]:
+    """Split options into all but fd=[N,...], and its numbers. Raises UsageError for one that is not open."""
+    found = re.search(r"(?:^|,)fd=(?:\[([\d,]*)\]|(\d+))(?=,|$)", text)
+    if found is None:
+        return text, ()
+    fds = tuple(int(word) for word in (found[1] or found[2] or "").split(",") if word)
+    for fd in fds:
+        try:
+            os.fstat(fd)
+        except (OSError, OverflowError):
+            raise UsageError(f"fd={fd}: is not open", hint="open it in the shell: 3<>/dev/tap5") from None
+    return (text[:found.start()] + text[found.end():]).lstrip(","), fds
 
 
 def follow(client: Client, options: argparse.Namespace, answer: dict[str, Any]) -> int:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import zmq
 
-from cellvisor.core.errors import CellvisorError, NotFound, TryAgain, from_wire
+from cellvisor.core.errors import CellvisorError, NotFound, TryAgain, UsageError, from_wire
 from cellvisor.core.wire import places
 from cellvisor.core.wire.control import VERBS, request
 from cellvisor.core.wire.messages import MAX_MESSAGE, pack, unpack
@@ -35,8 +35,11 @@ class ZmqLink:
         sock.connect(f"ipc://{os.path.join(self._path, name)}")
         return sock
 
-    def call(self, verb: str, args: dict[str, Any]) -> Any:
+    def call(self, verb: str, args: dict[str, Any], fds: Sequence[int] = ()) -> Any:
         """Ask for `verb`. Raises the CellvisorError that is answered, NotFound or TryAgain."""
+        if fds:
+            raise UsageError(f"{verb}: descriptors cannot come this way",
+                             hint="start the VM with --api-socket PATH, and give PATH as the VM")
         key = os.urandom(12).hex()
         pilot = self._pilot()
         self._socket.send(pack(request(key, verb, args)))

@@ -40,6 +40,8 @@ class Tap:
             raise UsageError(f"{given}: {why}", hint="give a descriptor of a tap or macvtap") from None
         self.fd = fd
         self.name = name.split(b"\0", 1)[0].decode(errors="replace")
+        # Every macvtap takes several, and says so only if it was told.
+        self.takes_several = bool(flags & abi.IFF_MULTI_QUEUE) or os.fstat(fd).st_rdev != os.stat(DEVICE).st_rdev
 
     @property
     def mtu(self) -> int:

@@ -54,6 +54,8 @@ def open_taps(options: Any, host: Any) -> list[Tap]:
             if len({queue.name for queue in taps}) > 1:
                 raise UsageError(f"{what}: of different interfaces: {', '.join(queue.name for queue in taps)}",
                                  hint="open one interface several times, with IFF_MULTI_QUEUE")
+            if count > 1 and not all(queue.takes_several for queue in taps):
+                raise UsageError(f"{what}: {taps[0].name} has a single queue", hint="open it with IFF_MULTI_QUEUE")
             return taps
         while stored:
             os.close(stored.pop())

@@ -34,7 +34,7 @@ class FakeTap(Tap):
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         peer.settimeout(10)
         self.fd, self.name = ours.detach(), name
-        self.flags, self.used, self.cable = -1, True, True
+        self.flags, self.used, self.cable, self.takes_several = -1, True, True, True
         peers.append(peer)
 
     @property

@@ -1,5 +1,4 @@
-"""Fixtures: `vm` runs the guest under cellvisor in a directory of the test's own, `disk` is a raw disk of 64 MiB,
-`network` a network namespace."""
+"""Fixtures: `vm` runs the guest under cellvisor in a directory of the test's own, `disk` is a raw disk of 64 MiB."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from typing import Any, Protocol
 
 import pytest
 
-from tests.native import cellvisor, netns
+from tests.native import cellvisor
 from tests.native.guest import GuestResult, Running, make_disk
 
 
@@ -63,10 +62,3 @@ def vm(tmp_path: Path) -> Iterator[Vm]:
 def disk(tmp_path: Path) -> Path:
     """A sparse raw disk of 64 MiB."""
     return make_disk(tmp_path / "disk.raw")
-
-
-@pytest.fixture
-def network() -> Iterator[None]:
-    """Have the test, and all that it starts, in a network namespace of its own."""
-    with netns.namespace():
-        yield

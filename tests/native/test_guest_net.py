@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,14 @@ try:
     _lacking = ""
 except Missing as missing:
     _lacking = str(missing)
-pytestmark = [pytest.mark.skipif(bool(_lacking), reason=_lacking), netns.needs_tap,
-              pytest.mark.usefixtures("network")]
+pytestmark = [pytest.mark.skipif(bool(_lacking), reason=_lacking), netns.needs_tap]
+
+
+@pytest.fixture(autouse=True)
+def network() -> Iterator[None]:
+    """Have each test in a network namespace of its own."""
+    with netns.namespace():
+        yield
 
 
 def card(pairs: int = 1, more: str = "") -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -93,7 +94,11 @@ def wanted(verb: str, args: Mapping[str, Any]) -> Wanted:
 
 def with_fds(want: Wanted, fds: Sequence[int]) -> Wanted:
     """Return `want` for the descriptors that came with the request; only these count. Raises UsageError for others."""
-    given = want.body.get("fd") if want.body is not None else ",fd=" in f",{want.text}" and want.text
+    if want.body is not None:
+        given = want.body.get("fd")
+    else:
+        found = re.search(r"(?:^|,)fd=(\[[^]]*]?|[^,]*)", want.text)
+        given = found and found[1]
     if given:
         raise UsageError(f"{want.flag}: fd={str(given)[:60]}: a number means nothing here",
                          hint="send the descriptors along with a request on --api-socket")

@@ -1,6 +1,8 @@
 /* A driver that breaks the rules on purpose. Each case starts from a valid chain of three descriptors, breaks one
    thing, kicks, and reports what became of it; then the device is reset and must serve a correct request again. */
 #include "blk.h"
+#include "hostile.h"
+#include "net.h"
 #include "tests.h"
 
 static struct virtio virtio;
@@ -12,19 +14,40 @@ static uint8_t *data;
 #define PIECE 4096
 #define HOLE (1ull << 45)
 
-static void start(void)
+void target_find(struct virtio *device)
 {
-    unsigned index = virtio.type == VIRTIO_CONSOLE;
-    virtio_negotiate(&virtio, virtio.type == VIRTIO_BLK ? BLK_F_ALL : 0);
-    virtio_queues(&virtio, index + 1, 0);
-    virtio_ready(&virtio);
-    queue = &virtio.queues[index];
+    static const struct { const char *name; unsigned type; } types[] = {
+        {"blk", VIRTIO_BLK}, {"rng", VIRTIO_RNG}, {"console", VIRTIO_CONSOLE}, {"net", VIRTIO_NET}};
+    const char *kind = param("type", "blk");
+    unsigned i = 0;
+    while (i + 1 < ARRAY_SIZE(types) && !same(kind, types[i].name))
+        i++;
+    require(virtio_find(device, types[i].type, (unsigned)param_number("dev", 0)), "no virtio-%s device", kind);
 }
+
+struct queue *target_start(struct virtio *device)
+{
+    bool net = device->type == VIRTIO_NET;
+    unsigned index = net ? (unsigned)param_number("queue", 1) : device->type == VIRTIO_CONSOLE;
+    virtio_negotiate(device, device->type == VIRTIO_BLK ? BLK_F_ALL : net ? NET_F_MRG_RXBUF | NET_F_CTRL_VQ : 0);
+    virtio_queues(device, net ? 2 + !!(device->features & NET_F_CTRL_VQ) : index + 1, 0);
+    require(index < device->queue_count, "there is no queue %u", index);
+    virtio_ready(device);
+    return &device->queues[index];
+}
+
+uint16_t target_flags(const struct queue *of)
+{
+    unsigned type = of->device->type;
+    return type == VIRTIO_CONSOLE || (type == VIRTIO_NET && of->index) ? 0 : DESC_WRITE;
+}
+
+static void start(void) { queue = target_start(&virtio); }
 
 static void valid_chain(bool indirect)
 {
     chain = indirect ? queue->tables : (struct desc *)queue->desc;
-    uint16_t flags = virtio.type == VIRTIO_CONSOLE ? 0 : DESC_WRITE;
+    uint16_t flags = target_flags(queue);
     memset(good, 0, sizeof *good);
     good->status = BLK_NO_STATUS;
     chain[0] = (struct desc){(uint64_t)data + PIECE, 16, flags | DESC_NEXT, 1};
@@ -34,6 +57,8 @@ static void valid_chain(bool indirect)
         chain[0] = (struct desc){(uint64_t)&good->header, 16, DESC_NEXT, 1};
         chain[2].address = (uint64_t)&good->status;
     }
+    if (virtio.type == VIRTIO_NET && queue->index == 2)
+        chain[2].flags = DESC_WRITE;                    /* a command's acknowledgement */
     if (indirect) {
         queue->desc[0].address = (uint64_t)chain;
         queue->desc[0].length = 48;
@@ -75,7 +100,10 @@ static void recover(const char *name)
     void *token;
     uint32_t length;
     start();
-    struct segment segments[3] = {{data + PIECE, 16, virtio.type != VIRTIO_CONSOLE}};
+    if (virtio.type == VIRTIO_NET)
+        queue = &virtio.queues[1];                      /* what is sent needs no peer */
+    memset(data + PIECE, 0, 16);
+    struct segment segments[3] = {{data + PIECE, 16, target_flags(queue)}};
     unsigned count = 1;
     if (virtio.type == VIRTIO_BLK) {
         memset(good, 0, sizeof *good);
@@ -317,13 +345,12 @@ static bool chosen(const char *name)
     return (same(wanted, "all") || listed(wanted, name)) && !listed(param("skip", ""), name);
 }
 
-/* test=hostile: `type=blk|rng|console`; `case=NAME,NAME` or all, without those of `skip=`; `settle=` ms are
+/* test=hostile: `type=` and `queue=` as in hostile.h; `case=NAME,NAME` or all, without those of `skip=`; `settle=` ms are
    waited for an outcome. */
 void test_hostile(void)
 {
-    const char *kind = param("type", "blk");
-    unsigned type = same(kind, "rng") ? VIRTIO_RNG : same(kind, "console") ? VIRTIO_CONSOLE : VIRTIO_BLK, done = 0;
-    require(virtio_find(&virtio, type, (unsigned)param_number("dev", 0)), "no virtio-%s device", kind);
+    unsigned done = 0;
+    target_find(&virtio);
     good = allocate(sizeof *good, 64);
     data = allocate(4 * PIECE, PAGE);
     for (unsigned i = 0; i < ARRAY_SIZE(broken); i++) {

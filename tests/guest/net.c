@@ -42,7 +42,7 @@ static void start_pair(struct net *net, unsigned index)
     pair->tx_spare = 0;
     for (unsigned i = 0; i < slots; i++)
         pair->tx_free[pair->tx_spare++] = pair->tx_buffers + (uint64_t)i * TX_SIZE;
-    for (unsigned i = 0; i < rx->size; i++)
+    for (unsigned i = net->unposted; i < rx->size; i++)
         post(net, rx, pair->rx_buffers + (uint64_t)i * net->buffer_size);
 }
 

@@ -42,6 +42,7 @@ struct net {
     unsigned pairs, most_pairs;     /* in use; there */
     uint32_t buffer_size;           /* of a receive buffer, header included */
     struct queue *control;          /* NULL: there is none */
+    unsigned unposted;              /* set it before net_open: so many receive buffers are left out */
     struct net_pair pair[16];
 };
 

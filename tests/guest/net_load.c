@@ -3,12 +3,15 @@
 #include "stats.h"
 #include "tests.h"
 
-/* One queue pair's stream. A frame that is not back after `patience` is lost; one may come back late, never twice. */
+#define WINDOW 16384                    /* frames whose fate may be open */
+
+/* One queue pair's stream, with `depth` frames under way: those before one that is back are late or lost, and hold up
+   nothing. What is not back after `patience` is lost; it may come back late, never twice. */
 struct stream {
     unsigned pair, depth;
     uint64_t count, next, patience;
     uint8_t *back;                  /* by number, a bit: it came back */
-    uint64_t *begin;                /* by number modulo depth */
+    uint64_t *begin;                /* by number modulo WINDOW */
     uint64_t oldest;                /* below it all are back or lost */
     uint64_t received, doubled, late, lost, highest, strange, last, longest_gap;
     struct stats stats;
@@ -49,7 +52,7 @@ static void settle(struct stream *stream)
     uint64_t now = rdtsc();
     while (stream->oldest < stream->next) {
         bool back = is_back(stream, stream->oldest);
-        if (!back && now - stream->begin[stream->oldest % stream->depth] < stream->patience)
+        if (!back && now - stream->begin[stream->oldest % WINDOW] < stream->patience)
             break;
         stream->lost += !back;
         stream->oldest++;
@@ -65,12 +68,13 @@ static unsigned take(struct stream *streams, unsigned pair)
     while (net_receive(&net, pair, &header, frame, &length)) {
         const struct frame *got = (const struct frame *)frame;
         taken++;
-        if (!frame_ours(frame, length))
-            streams[pair].strange++;
-        else if (got->kind == FRAME_STOP)
+        bool ours = frame_ours(frame, length);
+        if (ours && got->kind == FRAME_STOP)
             stopped = true;
-        else if (got->pair < net.pairs)
+        else if (ours && (got->kind & ~FRAME_UNCHECKED) == FRAME_ECHO && got->pair < net.pairs)
             came_back(&streams[got->pair], got);
+        else
+            streams[pair].strange++;
     }
     return taken;
 }
@@ -80,14 +84,19 @@ static bool more(const struct stream *stream, uint64_t end)
     return !stopped && stream->next <= stream->count && (!end || (int64_t)(rdtsc() - end) < 0);
 }
 
+static uint64_t under_way(const struct stream *stream)
+{
+    return stream->next - (stream->highest < stream->oldest ? stream->oldest : stream->highest + 1);
+}
+
 /* Send while the window is open; whether anything is still to be sent or to come back. */
 static bool push(struct stream *stream, uint8_t kind, uint32_t size, uint64_t end)
 {
     static const struct net_header plain;
     settle(stream);
-    while (more(stream, end) && stream->next - stream->oldest < stream->depth) {
+    while (more(stream, end) && stream->next - stream->oldest < WINDOW && under_way(stream) < stream->depth) {
         frame_fill(&net, (struct frame *)sent, kind, stream->pair, stream->next, size);
-        stream->begin[stream->next % stream->depth] = rdtsc();
+        stream->begin[stream->next % WINDOW] = rdtsc();
         stream->next++;
         net_send(&net, stream->pair, &plain, sent, size);
     }
@@ -151,7 +160,7 @@ static void run_streams(uint8_t kind)
         stream->pair = i, stream->depth = depth, stream->count = count, stream->next = stream->oldest = 1;
         stream->patience = ns_to_tsc(param_number("patience_ms", 1000) * 1000000);
         stream->back = allocate(count / 8 + 1, 64);
-        stream->begin = allocate(depth * sizeof(uint64_t), 64);
+        stream->begin = allocate(WINDOW * sizeof(uint64_t), 64);
     }
     print("pairs=%u\ndepth=%u\nbs=%u\nfeatures=0x%lx\n", net.pairs, depth, size, net.virtio.features);
     uint64_t begin = rdtsc(), end = duration ? begin + ns_to_tsc(duration * 1000000) : 0;

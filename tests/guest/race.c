@@ -1,6 +1,7 @@
 /* Two CPUs against one device: one submits requests, the other rewrites everything that the device reads meanwhile. And
    floods: more of the same than anybody should keep. */
 #include "blk.h"
+#include "hostile.h"
 #include "tests.h"
 
 #define PIECE 4096
@@ -13,14 +14,7 @@ static struct blk_request *request;
 static volatile bool stopped, hold, held;
 static uint64_t flips;
 
-static void start(void)
-{
-    unsigned index = virtio.type == VIRTIO_CONSOLE;
-    virtio_negotiate(&virtio, virtio.type == VIRTIO_BLK ? BLK_F_ALL : 0);
-    virtio_queues(&virtio, index + 1, 0);
-    virtio_ready(&virtio);
-    queue = &virtio.queues[index];
-}
+static void start(void) { queue = target_start(&virtio); }
 
 /* A descriptor that is sometimes good. Nothing that a device may write through it is code, stack or rings. */
 static void spoil(volatile struct desc *desc, uint64_t random)
@@ -55,6 +49,8 @@ static void flip(void *unused)
             queue->avail->index = (uint16_t)(queue->avail->index + (random >> 20 & 1 ? 0x8000 : 1));
         request->header.type = (uint32_t)(random >> 24 & 15);
         request->header.sector = random >> 28 & 1 ? random : random >> 50;
+        if (virtio.type == VIRTIO_NET)
+            *(volatile uint64_t *)&request->header = random >> 3;
         if (registers && !(random & 0x3f)) {
             bus_write(virtio.common + C_QUEUE_SELECT, 2, random >> 40 & 3);
             bus_write(virtio.common + C_QUEUE_SIZE + (random >> 44 & 30), 2, random >> 32 & 0xffff);
@@ -79,14 +75,16 @@ static void again(void)
 static void offer(bool indirect)
 {
     struct desc *chain = indirect ? queue->tables : (struct desc *)queue->desc;
-    uint16_t flags = virtio.type == VIRTIO_CONSOLE ? 0 : DESC_WRITE;
+    uint16_t flags = target_flags(queue);
     request->header.type = BLK_IN;
     request->header.sector = 0;
     chain[0] = (struct desc){(uint64_t)data + PIECE, 16, flags | DESC_NEXT, 1};
-    if (virtio.type == VIRTIO_BLK)
+    if (virtio.type == VIRTIO_BLK || (virtio.type == VIRTIO_NET && !flags))
         chain[0] = (struct desc){(uint64_t)&request->header, 16, DESC_NEXT, 1};
     chain[1] = (struct desc){(uint64_t)data, PIECE, flags | DESC_NEXT, 2};
     chain[2] = (struct desc){(uint64_t)data + 2 * PIECE, 1, flags, 0};
+    if (virtio.type == VIRTIO_NET && queue->index == 2)
+        chain[2].flags = DESC_WRITE;
     if (indirect) {
         queue->desc[0].address = (uint64_t)chain;
         queue->desc[0].length = 48;
@@ -101,15 +99,13 @@ static void offer(bool indirect)
 
 static void open(void)
 {
-    const char *kind = param("type", "blk");
-    unsigned type = same(kind, "rng") ? VIRTIO_RNG : same(kind, "console") ? VIRTIO_CONSOLE : VIRTIO_BLK;
-    require(virtio_find(&virtio, type, (unsigned)param_number("dev", 0)), "no virtio-%s device", kind);
+    target_find(&virtio);
     request = allocate(sizeof *request, 64);
     data = allocate(4 * PIECE, PAGE);
     start();
 }
 
-/* test=race: `type=blk|rng|console` for `ms=`(2000); needs a second CPU. Ends with a reset. */
+/* test=race: the target of hostile.h for `ms=`(2000); needs a second CPU. Ends with a reset. */
 void test_race(void)
 {
     uint64_t rounds = 0, broken = 0, used = 0;

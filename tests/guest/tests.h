@@ -23,6 +23,7 @@ void test_net_control(void);
 void test_net_announce(void);
 void test_net_send(void);
 void test_net_bench(void);
+void test_net_hostile(void);
 
 void test_hostile(void);
 void test_race(void);

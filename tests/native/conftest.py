@@ -1,4 +1,5 @@
-"""Fixtures: `vm` runs the guest under cellvisor in a directory of the test's own, `disk` is a raw disk of 64 MiB."""
+"""Fixtures: `vm` runs the guest under cellvisor in a directory of the test's own, `disk` is a raw disk of 64 MiB,
+`network` a network namespace."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 
 import pytest
 
-from tests.native import cellvisor
+from tests.native import cellvisor, netns
 from tests.native.guest import GuestResult, Running, make_disk
 
 
@@ -62,3 +63,10 @@ def vm(tmp_path: Path) -> Iterator[Vm]:
 def disk(tmp_path: Path) -> Path:
     """A sparse raw disk of 64 MiB."""
     return make_disk(tmp_path / "disk.raw")
+
+
+@pytest.fixture
+def network() -> Iterator[None]:
+    """Have the test, and all that it starts, in a network namespace of its own."""
+    with netns.namespace():
+        yield

@@ -7,12 +7,14 @@ lives in the new namespace, which is gone with the last of it.
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import select
 import socket
 import struct
 import threading
+import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -92,18 +94,21 @@ class Peer:
         self._stop, self._wake = os.pipe()
         self._thread = threading.Thread(target=self._serve, name="peer")
 
+    def offer(self, data: bytes) -> bool:
+        """Send one frame to the guest; False if the tap's queue is full."""
+        try:
+            self._socket.send(data, socket.MSG_DONTWAIT)
+        except OSError as error:
+            if error.errno not in (errno.ENOBUFS, errno.EAGAIN):
+                raise
+            self.refused += 1
+            return False
+        return True
+
     def send(self, data: bytes) -> None:
         """Send one frame to the guest; waits where the tap's queue is full."""
-        while True:
-            try:
-                self._socket.send(data)
-            except OSError as error:
-                if error.errno != 105:  # ENOBUFS
-                    raise
-                self.refused += 1
-                threading.Event().wait(0.001)
-            else:
-                return
+        while not self.offer(data):
+            time.sleep(0.001)
 
     def doubled(self) -> list[tuple[int, int]]:
         """Return (pair, number) of the frames that came twice."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,14 +19,8 @@ try:
     _lacking = ""
 except Missing as missing:
     _lacking = str(missing)
-pytestmark = [pytest.mark.skipif(bool(_lacking), reason=_lacking), netns.needs_tap]
-
-
-@pytest.fixture(autouse=True)
-def network() -> Iterator[None]:
-    """Have each test in a network namespace of its own."""
-    with netns.namespace():
-        yield
+pytestmark = [pytest.mark.skipif(bool(_lacking), reason=_lacking), netns.needs_tap,
+              pytest.mark.usefixtures("network")]
 
 
 def card(pairs: int = 1, more: str = "") -> list[str]:

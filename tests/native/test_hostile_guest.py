@@ -27,6 +27,7 @@ GROWTH = 24  # MiB that a process may grow by
 LOGGED = 200_000  # bytes that an attack may have written down
 
 NATIVE, HOSTILE = "native/test_native_hostile.py", "native/test_hostile_guest.py"
+NET = "native/test_net_hostile.py"
 PCI, REGISTERS = "unit/test_virtio_pci_hostile.py", "unit/test_virtio_pci_registers.py"
 RING = "unit/test_ring_hostile.py"
 ROWS: dict[str, tuple[str, ...]] = {
@@ -53,6 +54,8 @@ ROWS: dict[str, tuple[str, ...]] = {
         "unit/test_devices_blk.py::test_request_without_header_or_status_breaks_the_rules",
         "unit/test_devices_blk.py::test_any_split_of_header_data_and_status"),
     "source and destination of different length": ("unit/test_devices_blk.py::test_refused_requests_change_nothing",),
+    "frames and commands of the wrong length, offloads that lie": (
+        f"{NET}::test_frames_and_commands_that_make_no_sense",),
     "DMA to anything but RAM": (
         f"{NATIVE}::test_bad_rings_end_in_needs_reset_and_a_reset_heals",  # *-bar, *-lapic, *-ecam
         "unit/test_memory_view.py::test_pieces_cross_ranges_and_at_does_not"),
@@ -77,7 +80,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         f"{HOSTILE}::test_floods_of_output", "unit/test_board_serial.py::test_flood_is_bounded_and_counted",
         "unit/test_board_legacy.py::test_debug_console_is_bounded", f"{HOSTILE}::test_resets_without_end",
         f"{HOSTILE}::test_config_writes_without_end"),
-    "double fetch": (f"{HOSTILE}::test_a_second_cpu",),
+    "double fetch": (f"{HOSTILE}::test_a_second_cpu", f"{NET}::test_a_second_cpu"),
     "a malicious back end": ("unit/test_hostile_worker.py", "unit/test_hostile_worker_descriptors.py"),
     "wrap-around of ring arithmetic": ("unit/test_ring_crash.py::test_kill_at_every_store", "unit/test_model_ring.py"),
 }

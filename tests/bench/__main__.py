@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from cellvisor.ctl import render
-from tests.bench import api, blk, hotplug, process, recovery, serve, steady
+from tests.bench import api, blk, hotplug, net, process, recovery, serve, steady
 from tests.bench.effort import QUICK, Effort, Place
 from tests.bench.figures import Row
 from tests.native.guest import HAVE_KVM
@@ -41,6 +41,7 @@ SECTIONS: dict[str, tuple[Measure, Rows]] = {
     "kills": (recovery.kills, recovery.kills_rows),
     "upgrades": (recovery.upgrades, recovery.upgrades_rows),
     "blk": (blk.compare, blk.compare_rows),
+    "net": (net.compare, net.compare_rows),
 }
 
 

@@ -13,6 +13,7 @@ import os
 import select
 import socket
 import struct
+import subprocess
 import threading
 import time
 import zlib
@@ -23,6 +24,8 @@ from pathlib import Path
 from types import TracebackType
 
 import pytest
+
+from tests.debian import need
 
 CLONE_NEWNET = 0x40000000
 TUNSETIFF, TUNSETPERSIST = 0x400454CA, 0x400454CB
@@ -40,7 +43,8 @@ def _usable() -> str:
     return "" if os.geteuid() == 0 else "a network namespace of our own needs root"
 
 
-needs_tap = pytest.mark.skipif(bool(_usable()), reason=_usable() or "taps can be used")
+unusable = _usable()
+needs_tap = pytest.mark.skipif(bool(unusable), reason=unusable or "taps can be used")
 
 
 @contextmanager
@@ -72,6 +76,15 @@ def make_tap(name: str = "tap0", *, queues: int = 1, mtu: int = 1500) -> str:
         (now,) = struct.unpack_from("H", fcntl.ioctl(control, SIOCGIFFLAGS, struct.pack("16s24x", name.encode())), 16)
         fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sH22x", name.encode(), now | IFF_UP))
     return name
+
+
+def reflect(tap: str) -> None:
+    """Have the kernel send the echo frames of measurements back out of the tap that they come in by."""
+    tc = need("tc", "iproute2")
+    for words in (["qdisc", "add", "dev", tap, "clsact"],
+                  ["filter", "add", "dev", tap, "ingress", "protocol", "all", "u32", "match", "u8",
+                   hex(ECHO | UNCHECKED), "0xff", "at", "0", "action", "mirred", "egress", "redirect", "dev", tap]):
+        subprocess.run([tc, *words], check=True, timeout=60)
 
 
 def frame(kind: int, number: int, size: int = 64, pair: int = 0, *, to: bytes = b"\xff" * 6) -> bytes:

@@ -9,6 +9,13 @@ from tests.debian import need
 from tests.native.guest import HAVE_KVM, GuestResult, Running, build
 
 
+def card(tap: str = "tap0", pairs: int = 1, more: str = "") -> list[str]:
+    """Return the options for a card on a tap that is there."""
+    queues = f",mq=on,vectors={2 * pairs + 2}" if pairs > 1 else ""
+    return ["-netdev", f"tap,id=n0,ifname={tap},script=no,downscript=no,queues={pairs}", "-device",
+            f"virtio-net-pci,disable-legacy=on,netdev=n0,mac=52:54:00:12:34:56{queues}{more}"]
+
+
 def start_qemu(cmdline: str, where: Path, *, disks: Sequence[Path] = (), extra: Sequence[str] = (),
                initramfs: Path | None = None, cpus: int = 1, memory: int = 256, queues: int = 1,
                accel: str | None = None, aio: str = "threads", firmware: str = "qboot.rom") -> Running:

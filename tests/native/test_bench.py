@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.debian import Missing, need
+from tests.native import netns
 from tests.native.guest import needs_kvm
 
 try:
@@ -65,3 +66,15 @@ def test_memory_next_to_qemu(tmp_path: Path) -> None:
     assert memory["processes"] == 5
     assert min(memory["ours"], memory["qemu"]) > 1024
     assert "PSS of the whole VM, ours : QEMU's" in table
+
+
+@netns.needs_tap
+def test_network_next_to_qemu_and_under_kills(tmp_path: Path) -> None:
+    result, table = bench(tmp_path, "net")
+    found = result["figures"]["net"]
+    assert found["kills"] >= 2
+    assert found["restart_ms"]["count"] >= 1
+    for one in found["cells"].values():
+        assert min(one["medians"].values()) > 0
+        assert one["to_qemu"]["pairs"] == one["killed"]["pairs"] == found["rounds"] == 2
+    assert "net, out, 1514 bytes, ours : QEMU's tap" in table

@@ -12,7 +12,7 @@ from tests.debian import Missing, need
 from tests.native import netns
 from tests.native.guest import GuestResult, Running
 from tests.native.netns import DATA, STOP, Peer, frame
-from tests.native.qemu import start_qemu
+from tests.native.qemu import card, start_qemu
 
 try:
     need("qemu-system-x86_64", "qemu-system-x86")
@@ -23,17 +23,10 @@ pytestmark = [pytest.mark.skipif(bool(_lacking), reason=_lacking), netns.needs_t
               pytest.mark.usefixtures("network")]
 
 
-def card(pairs: int = 1, more: str = "") -> list[str]:
-    """Return QEMU's options for a card on tap0."""
-    queues = f",mq=on,vectors={2 * pairs + 2}" if pairs > 1 else ""
-    return ["-netdev", f"tap,id=n0,ifname=tap0,script=no,downscript=no,queues={pairs}", "-device",
-            f"virtio-net-pci,disable-legacy=on,netdev=n0,mac=52:54:00:12:34:56{queues}{more}"]
-
-
 def start(cmdline: str, where: Path, *, pairs: int = 1, more: str = "", cpus: int = 1) -> Running:
     """Start QEMU on a fresh tap0."""
     netns.make_tap(queues=pairs)
-    return start_qemu(cmdline, where, extra=card(pairs, more), cpus=cpus)
+    return start_qemu(cmdline, where, extra=card(pairs=pairs, more=more), cpus=cpus)
 
 
 def send(cmdline: str, where: Path, **options: int) -> tuple[GuestResult, Peer]:

@@ -1,4 +1,4 @@
-"""The VM's API over ZeroMQ: requests at `api.sock` (ROUTER), events at `events.sock` (PUB); HTTP beside it.
+"""The VM's API over ZeroMQ: requests at `api.sock` (ROUTER), events at `events.sock` (PUB); HTTP beside it, and TCP.
 
 Nothing a client sends can do more than fail.
 """
@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import zmq
 import zmq.asyncio
 
 from cellvisor.controlplane.desk import Desk
 from cellvisor.controlplane.events import Event, EventLog
+from cellvisor.controlplane.flags import RunFlags
 from cellvisor.controlplane.rundir import RunDir
 from cellvisor.core import log
 from cellvisor.core.errors import CellvisorError, Internal, TryAgain, UsageError
@@ -21,50 +22,79 @@ from cellvisor.core.wire import places
 from cellvisor.core.wire.control import parse_request, reply, request_id
 from cellvisor.core.wire.messages import MAX_MESSAGE, pack, unpack
 
+if TYPE_CHECKING:
+    from cellvisor.controlplane.remote import Gate
+
 MAX_SERVING = 256
 QUEUE = 1000
 LINGER_MS = 500  # the answer to "shutdown" is still on its way when we close
 
 
 class Api:
-    """Owns the sockets; `http_socket` is `--api-socket`."""
+    """Owns the sockets, those of `--api-socket` and `--api` too. Raises UsageError for a place that is taken."""
 
     def __init__(self, context: zmq.asyncio.Context, rundir: RunDir, events: EventLog, desk: Desk,
-                 http_socket: str | None = None) -> None:
+                 flags: RunFlags | None = None) -> None:
         self._desk = desk
+        self._context = context
+        self._gate: Gate | None = None
+        self._doors: list[Door] = []
+        self._publishers: list[zmq.Socket[bytes]] = []
+        if flags is not None and flags.api is not None:
+            try:
+                self._open_remote(flags.api)
+            except CellvisorError as error:
+                if rundir.generation == 1:
+                    raise
+                log.get("api").error("no remote clients: %s", error)  # a VM that runs goes on
         self._http = None
-        if http_socket is not None:
+        if flags is not None and flags.api_socket is not None:
             from cellvisor.controlplane import http, httpsocket  # h11, for those who ask for it
 
-            self._http = http.HttpApi(*httpsocket.listen(http_socket), desk)
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._socket = context.socket(zmq.ROUTER)
-        self._publisher: zmq.Socket[bytes] = zmq.Context.shadow(context).socket(zmq.PUB)
-        sockets: tuple[zmq.Socket[Any], ...] = (self._socket, self._publisher)
+            self._http = http.HttpApi(*httpsocket.listen(flags.api_socket), desk)
+        door, publisher = self._sockets()
+        door.bind(f"ipc://{rundir.file(places.API)}")
+        publisher.bind(f"ipc://{rundir.file(places.EVENTS)}")
+        self._doors.append(Door(door, desk))
+        events.add_sink(self._publish)
+
+    def _sockets(self) -> tuple[zmq.asyncio.Socket, zmq.Socket[bytes]]:
+        door = self._context.socket(zmq.ROUTER)
+        publisher: zmq.Socket[bytes] = zmq.Context.shadow(self._context).socket(zmq.PUB)
+        self._publishers.append(publisher)
+        sockets: tuple[zmq.Socket[Any], ...] = (door, publisher)
         for socket in sockets:
             for option, value in ((zmq.MAXMSGSIZE, MAX_MESSAGE), (zmq.LINGER, LINGER_MS),
                                   (zmq.SNDHWM, QUEUE), (zmq.RCVHWM, QUEUE)):
                 socket.setsockopt(option, value)
-        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._socket.bind(f"ipc://{rundir.file(places.API)}")
-        self._publisher.bind(f"ipc://{rundir.file(places.EVENTS)}")
-        events.add_sink(self._publish)
-        self._reader = asyncio.get_running_loop().create_task(self._read())
+        door.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        return door, publisher
+
+    def _open_remote(self, text: str) -> None:
+        from cellvisor.controlplane.remote import Gate  # for those who ask for it
+
+        gate = self._gate = Gate(self._context, text)
+        door, publisher = self._sockets()
+        try:
+            gate.bind(door, gate.remote.port)
+            gate.bind(publisher, gate.remote.events)
+        except UsageError:
+            door.close()
+            self._publishers.pop().close()
+            raise
+        self._doors.append(Door(door, self._desk))
 
     async def close(self) -> None:
         """Answer what is being served, as far as it is done, and close."""
         if self._http is not None:
             await self._http.close()
-        self._reader.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._reader
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=1.0)
-        for task in self._tasks:
-            task.cancel()
+        for door in self._doors:
+            await door.close()
         self._desk.close()
-        self._socket.close()
-        self._publisher.close()
+        for publisher in self._publishers:
+            publisher.close()
+        if self._gate is not None:
+            await self._gate.close()
 
     def release(self) -> None:
         """Let the HTTP socket go: who waits for our end watches it, so that is the last thing."""
@@ -72,8 +102,29 @@ class Api:
             self._http.release()
 
     def _publish(self, event: Event) -> None:
-        with contextlib.suppress(zmq.ZMQError):  # closed already, at the very end
-            self._publisher.send_multipart([event.name.encode(), pack(event.as_wire())], zmq.NOBLOCK)
+        for publisher in self._publishers:
+            with contextlib.suppress(zmq.ZMQError):  # closed already, at the very end
+                publisher.send_multipart([event.name.encode(), pack(event.as_wire())], zmq.NOBLOCK)
+
+
+class Door:
+    """Serves what comes at one ROUTER socket; who fills one door leaves the others free."""
+
+    def __init__(self, socket: zmq.asyncio.Socket, desk: Desk) -> None:
+        self._socket, self._desk = socket, desk
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._reader = asyncio.get_running_loop().create_task(self._read())
+
+    async def close(self) -> None:
+        """Answer what is being served, as far as it is done, and close."""
+        self._reader.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._reader
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=1.0)
+        for task in self._tasks:
+            task.cancel()
+        self._socket.close()
 
     async def _read(self) -> None:
         while True:

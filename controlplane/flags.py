@@ -55,6 +55,7 @@ class RunFlags:
     api_socket: str | None = None
     metrics: str | None = None
     groups: tuple[RateLimitGroup, ...] = ()
+    api: str | None = None
 
     @property
     def order(self) -> Order | None:
@@ -101,6 +102,7 @@ def parse(argv: list[str]) -> RunFlags:
         groups=config.check_groups("--rate-limit-group", [
             parse_kv(text, describe(RateLimitGroup), "--rate-limit-group")
             for group in given.rate_limit_group for text in group]),
+        api=None if given.api is None else _api(given.api),
     )
 
 
@@ -130,6 +132,8 @@ def _make_parser() -> _Parser:
     add("--name", help="name of the VM (the first free of vm0, vm1, ...)")
     add("--api-socket", metavar="PATH",
         help="serve Cloud Hypervisor's HTTP API: PATH, path=PATH or fd=N; without --kernel wait for vm.create")
+    add("--api", metavar="tcp://ADDR:PORT,...",
+        help="serve remote clients: only with keys (key=FILE) and for those of an allow-list (allow=FILE)")
     add("--event-monitor", metavar="path=P|fd=N", help="write every event as a JSON record")
     add("--metrics", metavar="PATH|tcp://127.0.0.1:PORT", help="serve Prometheus metrics at a socket or local port")
     add("--log-file", metavar="PATH", help="collect the log of all processes of the VM (`log` in its run directory)")
@@ -186,6 +190,12 @@ def _metrics(text: str) -> str:
     from cellvisor.controlplane.metricsdoor import check_place  # asyncio, for those who ask for it
 
     return check_place(text)
+
+
+def _api(text: str) -> str:
+    from cellvisor.controlplane.remote import check  # zmq, for those who ask for it
+
+    return check(text)
 
 
 def _was_given(argv: list[str], flag: str) -> bool:

@@ -153,7 +153,7 @@ class Supervisor:
     def open_api(self) -> None:
         """Serve requests from now on."""
         verbs = Verbs(self)
-        self._api = Api(self._context, self.rundir, self.events, Desk(verbs.serve), self.flags.api_socket)
+        self._api = Api(self._context, self.rundir, self.events, Desk(verbs.serve), self.flags)
         if self.flags.metrics is not None:
             from cellvisor.controlplane import metrics, metricsdoor
 

@@ -6,10 +6,13 @@ import os
 import stat
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cellvisor.core.errors import NotFound, UsageError
-from cellvisor.core.wire import places
+from cellvisor.core.wire import keys, places
+
+if TYPE_CHECKING:
+    from cellvisor.ctl.remotes import Remote
 
 TIMEOUT = 90.0  # a pause waits for I/O in execution
 ENVIRONMENT = "CELLVISOR_API_SOCKET"  # stands for --api-socket
@@ -54,6 +57,19 @@ def _http_socket(where: str | None) -> str | None:
     return where if is_socket and not _is_in_run_dir(where) else None
 
 
+def _remote(where: str | None) -> Remote | None:
+    """Return the VM on another machine that is meant, if one is. Raises UsageError if the name is one here, too."""
+    if where is None or "/" in where or not os.path.exists(os.path.join(keys.config_dir(), keys.REMOTES)):
+        return None
+    from cellvisor.ctl import remotes
+
+    found = remotes.find(where)
+    if found is not None and where in places.running():
+        raise UsageError(f"{where}: runs here, and is a name in {remotes.path()}",
+                         hint=f"give the remote one another name, or write {places.vm_dir(where)} for this one")
+    return found
+
+
 def _is_in_run_dir(path: str) -> bool:
     folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
     return os.path.exists(os.path.join(folder, places.LOCK))
@@ -81,15 +97,23 @@ class Client:
     def __init__(self, where: str | None = None, timeout: float = TIMEOUT) -> None:
         """Connect to the VM that `where` means: a name or run directory (see find()), or the path of its HTTP socket.
 
+        A name that no VM here has may be one of remotes.toml (see ctl/remotes.py).
         Without `where` the environment may name a socket. `timeout` in seconds is for each answer.
         """
         http = _http_socket(where)
+        remote = _remote(where) if http is None else None
         self._link: Link
+        self.is_remote = remote is not None
         if http is not None:
             from cellvisor.ctl.httplink import HttpLink
 
             self.path = self.name = http
             self._link = HttpLink(http, timeout)
+        elif remote is not None:
+            from cellvisor.ctl.curvelink import CurveLink
+
+            self.path = self.name = remote.name
+            self._link = CurveLink(remote, timeout)
         else:
             from cellvisor.ctl.zmqlink import ZmqLink
 

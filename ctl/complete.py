@@ -5,6 +5,7 @@ has the shells' side. Nothing found means file names.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import subprocess
 import sys
@@ -73,6 +74,14 @@ def _positional(before: list[str], flags: dict[str, argparse.Action]) -> list[st
     return found
 
 
+def _vms() -> list[str]:
+    from cellvisor.ctl import remotes
+
+    with contextlib.suppress(CellvisorError):
+        return [*places.running(), *remotes.names()]
+    return list(places.running())
+
+
 def _values(verb: str, action: argparse.Action, before: list[str], given: list[str] | None = None) -> Iterable[str]:
     """Return values for one argument, by its choices or its name in the parser."""
     given = given or []
@@ -80,16 +89,15 @@ def _values(verb: str, action: argparse.Action, before: list[str], given: list[s
     if action.choices is not None:
         return map(str, action.choices)
     if action.dest == "vm":
-        return places.running()
+        return _vms()
     if action.dest == "words":  # [VM] and something about it
         if len(given) > 1:
             return ()
-        vms = () if given else places.running()
+        vms = () if given else _vms()
         return [*vms, *(_devices(given[0] if given else None) if "ID" in str(action.metavar) else ()),
                 *(("all",) if "all" in str(action.metavar) else ())]
     if action.dest in ("disk", "device"):
-        running = places.running()
-        return _devices(next((word for word in before if word in running), None))
+        return _devices(next((word for word in before if word in _vms()), None))
     if verb == "ops" and action.dest == "id":
         return [*_ask(named, lambda call: [one["id"] for one in call("ops")["operations"]]), *_devices(named)]
     if verb == "validate" and action.dest == "verb":

@@ -18,22 +18,37 @@ POLL_MS = 250  # how often a silent VM is checked for being alive
 SUCCESSOR_SECONDS = 1.0  # for the answer to a request that only a successor got
 
 
+def prepare(sock: zmq.Socket[bytes]) -> None:
+    """Set what every socket of a client has."""
+    for option, value in ((zmq.LINGER, 0), (zmq.MAXMSGSIZE, MAX_MESSAGE), (zmq.RECONNECT_IVL, 20)):
+        sock.setsockopt(option, value)
+
+
 class ZmqLink:
     """A connection to the VM of run directory `path`; `timeout` in seconds is for each answer."""
 
+    _context: zmq.Context[zmq.Socket[bytes]]
+    _socket: zmq.Socket[bytes]
+
     def __init__(self, path: str, timeout: float) -> None:
-        self._path, self._timeout = path, timeout
+        self._path = path
         if not self.is_alive():
             raise NotFound(f"no VM is running in {path}", hint="see cellvisor ls", code="no-vm")
         self._context = zmq.Context()
         self._socket = self._connect(zmq.DEALER, places.API)
+        self._set_up(f"the VM in {path}", timeout)
+
+    def _set_up(self, where: str, timeout: float) -> None:
+        self._where, self._timeout = where, timeout
 
     def _connect(self, kind: int, name: str) -> zmq.Socket[bytes]:
         sock = self._context.socket(kind)
-        for option, value in ((zmq.LINGER, 0), (zmq.MAXMSGSIZE, MAX_MESSAGE), (zmq.RECONNECT_IVL, 20)):
-            sock.setsockopt(option, value)
+        prepare(sock)
         sock.connect(f"ipc://{os.path.join(self._path, name)}")
         return sock
+
+    def _subscribe(self) -> zmq.Socket[bytes]:
+        return self._connect(zmq.SUB, places.EVENTS)
 
     def call(self, verb: str, args: dict[str, Any], fds: Sequence[int] = ()) -> Any:
         """Ask for `verb`. Raises the CellvisorError that is answered, NotFound or TryAgain."""
@@ -73,7 +88,7 @@ class ZmqLink:
 
     def _no_answer(self, verb: str, pilot: str) -> CellvisorError:
         if not self.is_alive():
-            return NotFound(f"{verb}: the VM in {self._path} has ended", code="no-vm")
+            return NotFound(f"{verb}: {self._where} has ended", code="no-vm")
         if self._pilot() != pilot:
             return TryAgain(f"{verb}: the controlplane died over it and a successor goes on",
                             hint="see cellvisor ops and devices for what became of it", code="no-answer")
@@ -82,7 +97,7 @@ class ZmqLink:
 
     def events(self, since: int, follow: bool) -> Iterator[dict[str, Any]]:
         """Yield kept events with a number above `since`, then new ones until the VM ends."""
-        with self._connect(zmq.SUB, places.EVENTS) as sock:
+        with self._subscribe() as sock:
             sock.setsockopt(zmq.SUBSCRIBE, b"")
             seen = since
             while True:

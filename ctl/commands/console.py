@@ -25,6 +25,8 @@ def run(options: argparse.Namespace) -> int:
     from cellvisor.ctl.client import Client
 
     with Client(options.vm) as client:
+        if client.is_remote:
+            raise NotFound(f"{client.name}: its consoles are on its own machine", hint="attach there")
         found = places(client.call("info")["config"])
         name = client.name
     key = next((key for key, plain in PORTS.items() if plain == options.device), options.device)

@@ -33,6 +33,8 @@ def run(options: argparse.Namespace) -> int:
 
     with Client(options.vm) as client:
         path = client.call("ping").get("log_file")
+        if client.is_remote:
+            raise NotFound(f"{client.name}: its log is on its own machine", hint=str(path))
         if not path:
             raise NotFound(f"{client.name}: keeps no log", hint="it is on the stderr of the one who started it")
         for line in _lines(client, str(path), options):

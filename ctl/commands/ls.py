@@ -14,7 +14,11 @@ PATIENCE = 3.0  # seconds for all of them together
 NOBODY_KNOWS = {"state": "no answer", "vcpus": None, "memory": None, "devices": None, "uptime": None, "restarts": None}
 COLUMNS = ("NAME", "STATE", "PID ", "VCPUS ", "MIB ", "DEVICES ", "UPTIME ", "RESTARTS ")
 
-add_arguments = common.add_json
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --remote and --json."""
+    parser.add_argument("--remote", action="store_true", help="those of remotes.toml, too")
+    common.add_json(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -23,12 +27,16 @@ def run(options: argparse.Namespace) -> int:
     from cellvisor.ctl.errand import ask_all
 
     running = places.running()
+    if options.remote:
+        from cellvisor.ctl import remotes
+
+        running |= {name: {} for name in remotes.names() if name not in running}
     found = []
     for name, answer in ask_all(running, _ask, PATIENCE).items():
         entry = {"name": name, "pid": running[name].get("pid"), **NOBODY_KNOWS}
         if not isinstance(answer, CellvisorError):
             entry |= answer
-        elif answer.code == "no-vm":
+        elif answer.code == "no-vm" and running[name]:
             continue
         else:
             entry |= {"state": "Empty"} if answer.code == "not-created" else {"error": str(answer)}

@@ -80,13 +80,11 @@ def compare(effort: Effort, place: Place) -> dict[str, Any]:
 
 def _killed(effort: Effort, place: Place) -> tuple[GuestResult, int, list[float]]:
     """Run the loads while the card's process is killed about ten times a second; returns kills and ms to READY too."""
-    kills, took = 0, []
     with place.steer(cmdline(effort), extra=["--net", f"tap={OURS},{OPTIONS}"]) as vmm:
         vmm.running.wait_for("features=")
         storm = Storm(vmm.pid("nursery"), int(vmm.device("net")["pid"]), SEED,
                       lambda: vmm.running.process.poll() is None, early=0.0, shortest=0.08)
-        for kills in storm.blow(len(CELLS) * effort.cell_ms // 150):
-            pass
+        kills = len(list(storm.blow(len(CELLS) * effort.cell_ms // 150)))
         took = [event["properties"]["ms"] for event in vmm.events() if event["event"] == "device.restarted"]
         return vmm.running.finish(), kills, took
 

@@ -97,7 +97,7 @@ def table(vm: Supervisor) -> dict[str, Callable[[dict[str, Any]], Awaitable[Any]
 
 async def _change_device(vm: Supervisor, device: Device, args: dict[str, Any]) -> dict[str, Any]:
     if "bw_size" not in device.options:
-        raise UsageError(f"set-rate-limit: id={device.id} is not a disk but {device.type}")
+        raise UsageError(f"set-rate-limit: id={device.id} has no limits: a {device.type}")
     if group := device.options.get(budget.GROUP):
         raise Conflict(f"set-rate-limit: id={device.id} shares the limits of {budget.GROUP}={group}",
                        hint="change the group's")

@@ -71,9 +71,9 @@ class RateLimitGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RateLimitArgs:
-    """What `set-rate-limit` takes: a disk or a group, and KEYS. What is not given stays as it is."""
+    """What `set-rate-limit` takes: a disk, a network card or a group, and KEYS. What is not given stays as it is."""
 
-    id: str | None = option(None, help="name of the disk")
+    id: str | None = option(None, help="name of the disk or network card")
     group: str | None = option(None, help="or of a rate limit group")
     bw_size: int | None = _amount("bytes that pass in bw_refill_time; 0: no limit", None)
     bw_one_time_burst: int | None = _amount("so many bytes more, once", None)

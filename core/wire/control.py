@@ -141,7 +141,7 @@ _TABLE = (
     Verb("resize", "change vCPUs, memory or balloon", path="vm.resize", ready=False),
     Verb("resize-zone", "change a memory zone's size", path="vm.resize-zone", ready=False),
     Verb("resize-disk", "change a disk's size", ResizeDiskArgs, path="vm.resize-disk"),
-    Verb("set-rate-limit", "change how many bytes and requests a disk or a rate limit group may do", RateLimitArgs),
+    Verb("set-rate-limit", "change how much a disk, a network card or a rate limit group may do", RateLimitArgs),
     Verb("add-disk", "plug a disk", ObjectArgs, path="vm.add-disk", answers=True),
     Verb("add-rng", "plug an entropy source", ObjectArgs, answers=True),
     Verb("add-console", "plug a console", ObjectArgs, answers=True),

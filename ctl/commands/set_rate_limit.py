@@ -6,15 +6,16 @@ import argparse
 
 from cellvisor.ctl import common
 
-HELP = "Change how many bytes and requests a disk, or a rate limit group, may do; the guest runs on."
+HELP = "Change how many bytes and requests a disk, a network card or a rate limit group may do; the guest runs on."
 EXAMPLE = "cellvisor set-rate-limit web --disk _disk0 --limit bw_size=10M,bw_refill_time=1000"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add VM, --disk or --group, and --limit."""
+    """Add VM, --disk, --net or --group, and --limit."""
     common.add_vm(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--disk", metavar="ID", help="the disk's name, see cellvisor devices")
+    what.add_argument("--net", metavar="ID", help="or a network card's")
     what.add_argument("--group", metavar="ID", help="the name of a --rate-limit-group")
     parser.add_argument("--limit", required=True, metavar="KEY=N,...",
                         help="bw_size, bw_one_time_burst (bytes), ops_size, ops_one_time_burst, bw_refill_time, "
@@ -31,8 +32,8 @@ def run(options: argparse.Namespace) -> int:
     schema["keys"] = {key: schema["keys"][key] for key in KEYS}
     limits = parse_kv(options.limit, schema, "--limit")
     with Client(options.vm) as client:
-        answer = client.call("set-rate-limit", id=options.disk, group=options.group, **limits)
+        answer = client.call("set-rate-limit", id=options.disk or options.net, group=options.group, **limits)
         if options.json:
             return common.show_json(answer)
-        print(f"{client.name}: {options.disk or options.group} has {options.limit}")
+        print(f"{client.name}: {options.disk or options.net or options.group} has {options.limit}")
     return 0

@@ -54,10 +54,53 @@ class Limiter:
         self._page.close()
 
 
+class Waits:
+    """Queues whose limits are used up: each is kicked again after its time. `count`: how often one had to wait."""
+
+    def __init__(self, host: Holder) -> None:
+        self._host = host
+        self._timers: dict[int, int] = {}
+        self.count = 0
+
+    def __contains__(self, index: int) -> bool:
+        return index in self._timers
+
+    def begin(self, index: int, seconds: float) -> None:
+        """Leave queue `index` alone for so long, if it is not already."""
+        def due() -> None:
+            self._timers.pop(index, None)
+            self._host.kick(index)
+
+        if index not in self._timers:
+            self.count += 1
+            self._timers[index] = self._host.after(seconds, due)
+
+    def kick(self) -> None:
+        """Have them all served now."""
+        for index in self._timers:
+            self._host.kick(index)
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop every timer."""
+        for timer in self._timers.values():
+            self._host.cancel(timer)
+        self._timers.clear()
+
+
 class Holder(Protocol):
     """What is asked of a device's Host."""
 
     generation: int
+
+    def after(self, seconds: float, callback: Callable[[], None]) -> int:
+        """Call `callback` once; returns an id for cancel()."""
+
+    def cancel(self, timer: int) -> None:
+        """Drop a timer."""
+
+    def kick(self, index: int) -> None:
+        """Have queue `index` served again soon."""
 
     def take(self, name: str) -> int | None:
         """Return a duplicate of a stored descriptor, or None."""

@@ -1,4 +1,4 @@
-"""Which frames a network card takes: its own address, groups, VLANs, as a driver ordered (virtio 1.2, 5.1.6.5)."""
+"""What a driver orders on a network card's control queue (virtio 1.2, 5.1.6.5), which frames it takes above all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ _MODES = {net.CTRL_RX_PROMISC: "promiscuous", net.CTRL_RX_ALLMULTI: "all_multica
           net.CTRL_RX_NOUNI: "no_unicast", net.CTRL_RX_NOBCAST: "no_broadcast"}
 _FIXED = struct.Struct("<6sBBBB")  # own address, modes, VLANs filtered, addresses of both tables
 _VLANS = 4096
-MAX_STATE = _FIXED.size + 2 * MAX_ADDRESSES * 6 + _VLANS // 8
+_ORDERS = struct.Struct("<IHB")  # activation, pairs in use, announcement asked for; then the filter
+MAX_STATE = _ORDERS.size + _FIXED.size + 2 * MAX_ADDRESSES * 6 + _VLANS // 8
 
 
 class Filter:
@@ -108,6 +109,49 @@ class Filter:
             raise ValueError(f"filter: {len(data)} bytes")
         if found._vlans is not None:
             found._vlans[:] = data[at:]
+        return found
+
+
+class Orders:
+    """All that one driver ordered: the `filter`, how many `pairs` of at `most` it uses, whether it is to announce."""
+
+    def __init__(self, mac: bytes, *, most: int = 1, vlans: bool = False) -> None:
+        self.filter = Filter(mac, vlans=vlans)
+        self.most, self.pairs, self.announce = most, 1, False
+
+    def obey(self, kind: int, command: int, data: bytes) -> bool:
+        """Do a command, which may be done again by a successor; False if it makes no sense."""
+        if kind in (net.CTRL_RX, net.CTRL_VLAN) or (kind, command) == (net.CTRL_MAC, net.CTRL_MAC_TABLE_SET):
+            return self.filter.obey(kind, command, data)
+        if (kind, command, len(data)) == (net.CTRL_MAC, net.CTRL_MAC_ADDR_SET, 6):
+            self.filter.mac = data
+            return True
+        if (kind, command, len(data)) == (net.CTRL_ANNOUNCE, net.CTRL_ANNOUNCE_ACK, 0) and self.announce:
+            self.announce = False
+            return True
+        if (kind, command, len(data)) == (net.CTRL_MQ, net.CTRL_MQ_VQ_PAIRS_SET, 2):
+            pairs = int.from_bytes(data, "little")
+            if 1 <= pairs <= self.most:
+                self.pairs = pairs
+                return True
+        return False
+
+    def pack(self, activation: int) -> bytes:
+        """Return all that restore() needs, at most MAX_STATE bytes."""
+        return _ORDERS.pack(activation, self.pairs, self.announce) + self.filter.pack()
+
+    @classmethod
+    def restore(cls, data: bytes, activation: int, most: int) -> Orders | None:
+        """Undo pack(); None for another driver's, or what was never packed."""
+        if len(data) < _ORDERS.size or _ORDERS.unpack_from(data)[0] != activation:
+            return None
+        found = cls(bytes(6), most=most)
+        _, pairs, announce = _ORDERS.unpack_from(data)
+        try:
+            found.filter = Filter.unpack(data[_ORDERS.size:])
+        except ValueError:
+            return None
+        found.pairs, found.announce = min(max(pairs, 1), most), bool(announce)
         return found
 
 

@@ -6,10 +6,21 @@ import os
 import struct
 from typing import Any
 
+from cellvisor.core.abi import net, tap
 from cellvisor.core.errors import UsageError
 from cellvisor.devices.backends.tap import Tap, is_gone, open_queues, parse_mac
 
 _CARD = struct.Struct("<6sB")  # address, link down
+
+# What a driver takes -> what the tap may give it then
+_OFFLOADS = ((net.F_GUEST_CSUM, tap.TUN_F_CSUM), (net.F_GUEST_TSO4, tap.TUN_F_TSO4),
+             (net.F_GUEST_TSO6, tap.TUN_F_TSO6), (net.F_GUEST_ECN, tap.TUN_F_TSO_ECN),
+             (net.F_GUEST_UFO, tap.TUN_F_UFO))
+
+
+def offloads(features: int) -> int:
+    """Return which unfinished frames (TUN_F_*) a driver with these features takes."""
+    return sum(flag for feature, flag in _OFFLOADS if features & feature)
 
 
 class Card:

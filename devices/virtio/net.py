@@ -14,30 +14,26 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from cellvisor.core.abi import net, tap
+from cellvisor.core.abi import net
+from cellvisor.core.abi.tap import MAX_NAME
 from cellvisor.core.abi.virtio import ID_NET
 from cellvisor.core.errors import RingError, UsageError
-from cellvisor.devices.backends.netfilter import HEAD, MAX_STATE, Filter
+from cellvisor.devices.backends.limiter import KEYS, LimitedOptions, Waits, limiter_of
+from cellvisor.devices.backends.netfilter import HEAD, MAX_STATE, Orders
 from cellvisor.devices.backends.tap import MAX_VIEWS, Tap
-from cellvisor.devices.backends.tapcard import Card, open_taps
-from cellvisor.devices.device import Chain, DeviceBase, DeviceOptions, Host, Queue, Spec, option
+from cellvisor.devices.backends.tapcard import Card, offloads, open_taps
+from cellvisor.devices.device import Chain, DeviceBase, Host, Queue, Spec, option
 
 ETHERNET = 18       # bytes of a frame's header with one VLAN tag
 MAX_FRAME = net.HEADER.size + ETHERNET + 65535  # the biggest that a tap gives: one to be segmented
 BATCH = 128         # frames of one queue in one turn
 MAX_COMMAND = 2 + 2 * (4 + 6 * 2048)  # bytes of a control command: both address tables
-STALE = 4096        # frames of one queue that a reset throws away
-# What the guest takes -> what the tap may give then
-GUEST_OFFLOADS = ((net.F_GUEST_CSUM, tap.TUN_F_CSUM), (net.F_GUEST_TSO4, tap.TUN_F_TSO4),
-                  (net.F_GUEST_TSO6, tap.TUN_F_TSO6), (net.F_GUEST_ECN, tap.TUN_F_TSO_ECN),
-                  (net.F_GUEST_UFO, tap.TUN_F_UFO))
 CSUM = net.F_CSUM | net.F_GUEST_CSUM
 TSO = (net.F_HOST_TSO4 | net.F_HOST_TSO6 | net.F_HOST_ECN | net.F_GUEST_TSO4 | net.F_GUEST_TSO6 | net.F_GUEST_ECN)
 UFO = net.F_HOST_UFO | net.F_GUEST_UFO
 LARGE = net.F_GUEST_TSO4 | net.F_GUEST_TSO6 | net.F_GUEST_UFO
 CONTROL = (net.F_CTRL_VQ | net.F_CTRL_RX | net.F_CTRL_RX_EXTRA | net.F_CTRL_VLAN | net.F_CTRL_MAC_ADDR
            | net.F_GUEST_ANNOUNCE)
-DRIVER = struct.Struct("<IHB")  # saved: activation, pairs in use, announcement asked for; then the filter
 ONE_BUFFER = struct.pack("<H", 1)
 
 
@@ -53,6 +49,7 @@ class Pair:
     marked: Chain | None = None                            # the one that is leaving
     held: bytes | None = None                              # a frame that found too little room
     watched: int = 0                                       # epoll events
+    owed: int = -1                                         # size of the last frame, which its limits do not know yet
 
 
 class Net(DeviceBase):
@@ -61,12 +58,12 @@ class Net(DeviceBase):
     verb: ClassVar[str] = "net"
     help: ClassVar[str] = "network card on a tap"
     COUNTERS: ClassVar[tuple[str, ...]] = ("rx_bytes", "rx_frames", "tx_bytes", "tx_frames", "rx_dropped",
-                                           "tx_dropped", "rx_filtered")
+                                           "tx_dropped", "rx_filtered", "throttled")
 
     @dataclass(frozen=True, slots=True, kw_only=True)
-    class Options(DeviceOptions):
+    class Options(LimitedOptions):
         tap: str | None = option(None, help="host interface, made if it is not there; default: a new vmtapN",
-                                 length=tap.MAX_NAME)
+                                 length=MAX_NAME)
         ip: str | None = option(None, help="the host's address on it, with mask")
         mask: str | None = option(None, help="its network mask")
         mac: str | None = option(None, help="the guest's MAC address, default: a random one")
@@ -81,6 +78,8 @@ class Net(DeviceBase):
 
     def __init__(self, options: Any, host: Host) -> None:
         super().__init__(options, host)
+        self._limits = limiter_of(options, host), limiter_of(options, host)  # in, out
+        self._waits = Waits(host)
         self._card = Card(options, host)
         self._down = self._card.is_down
         self.pairs = [Pair(index, queue) for index, queue in enumerate(open_taps(options, host))]
@@ -88,12 +87,11 @@ class Net(DeviceBase):
         self._scratch = memoryview(bytearray(MAX_FRAME))
         self._counts = dict.fromkeys(self.COUNTERS, 0)
         self._paused = False
-        self._active = 1
-        self._announce = False
-        self._filter = Filter(self._card.mac)
+        self._orders = Orders(self._card.mac)
+        self._shown = self._config()
         self._mergeable = False
         self._largest = MAX_FRAME
-        self._control = -1
+        self._control, self._announces = -1, False
         if host.generation == 1:  # a queue that is left out loses what waits in it
             self._use_queues()
 
@@ -107,11 +105,11 @@ class Net(DeviceBase):
             features |= CSUM | (TSO if options.offload_tso else 0) | (UFO if options.offload_ufo else 0)
         return Spec(virtio_id=ID_NET, pci_class=0x020000, features=features, config=self._config(),
                     queues=(options.queue_size,) * options.num_queues + (64,), title="virtio-net",
-                    counters=self.COUNTERS, private_size=DRIVER.size + MAX_STATE)
+                    counters=self.COUNTERS, private_size=MAX_STATE)
 
     def _config(self) -> bytes:
-        status = (0 if self._down else net.S_LINK_UP) | (net.S_ANNOUNCE if self._announce else 0)
-        return net.CONFIG.pack(self._filter.mac, status, len(self.pairs), self._mtu)
+        status = (0 if self._down else net.S_LINK_UP) | (net.S_ANNOUNCE if self._orders.announce else 0)
+        return net.CONFIG.pack(self._orders.filter.mac, status, len(self.pairs), self._mtu)
 
     # ---- the driver comes and goes
 
@@ -120,15 +118,12 @@ class Net(DeviceBase):
         self._largest = MAX_FRAME if features & LARGE else net.HEADER.size + ETHERNET + max(self._mtu, 1500)
         pairs = len(self.pairs) if features & net.F_MQ else 1
         self._control = 2 * pairs if features & net.F_CTRL_VQ else -1
-        self._filter = Filter(self._card.mac, vlans=bool(features & net.F_CTRL_VLAN))
-        self._active, self._announce = 1, False
-        _, saved = self.host.load()
-        if len(saved) > DRIVER.size and DRIVER.unpack_from(saved)[0] == self.host.activation:
-            _, active, self._announce = DRIVER.unpack_from(saved)
-            self._active = min(max(active, 1), pairs)
-            self._filter = Filter.unpack(saved[DRIVER.size:])
-            self.host.set_config(self._config())
-        flags = sum(flag for feature, flag in GUEST_OFFLOADS if features & feature)
+        self._announces = bool(features & net.F_GUEST_ANNOUNCE)
+        saved = Orders.restore(self.host.load()[1], self.host.activation, pairs)
+        self._orders = saved or Orders(self._card.mac, most=pairs, vlans=bool(features & net.F_CTRL_VLAN))
+        self._show()
+        self._waits.clear()
+        flags = offloads(features)
         for pair in self.pairs:
             try:
                 pair.tap.offload(flags)
@@ -137,33 +132,36 @@ class Net(DeviceBase):
         self._use_queues()
 
     def _keep(self) -> None:
-        self.host.save(DRIVER.pack(self.host.activation, self._active, self._announce) + self._filter.pack())
+        """Save what was ordered and show what follows from it."""
+        self.host.save(self._orders.pack(self.host.activation))
+        self._show()
+
+    def _show(self) -> None:
+        if self._shown != (config := self._config()):
+            self._shown = config
+            self.host.set_config(config)
 
     def _use_queues(self) -> None:
         """Have frames come on the queues that the driver uses, and no other."""
         for pair in self.pairs[1:]:
-            pair.tap.use(pair.index < self._active)
+            pair.tap.use(pair.index < self._orders.pairs)
 
     def on_reset(self) -> None:
-        self._paused = self._announce = False
-        self._active, self._control = 1, -1
-        self._filter = Filter(self._card.mac)
+        self._paused, self._control, self._announces = False, -1, False
+        self._orders = Orders(self._card.mac)
+        self._waits.clear()
         for pair in self.pairs:
             pair.room.clear()
             pair.sending.clear()
             pair.space, pair.marked, pair.held = 0, None, None
             self._watch(pair)
-            try:
-                pair.tap.offload(0)
-                for _ in range(STALE):  # the next driver may not take what this one did
-                    if not pair.tap.read([self._scratch]):
-                        break
-            except OSError:
-                pass  # its interface is gone
+            pair.tap.empty(self._scratch)  # the next driver may not take what this one did
         self._use_queues()
+        self._show()
 
     def on_pause(self) -> None:
         self._paused = True
+        self._waits.clear()  # every queue is kicked after the pause
         self._watch_all()
 
     def on_resume(self) -> None:
@@ -200,9 +198,13 @@ class Net(DeviceBase):
         self._watch(pair)
 
     def _send(self, pair: Pair, queue: Queue) -> None:
+        limits = self._limits[1]
         while pair.sending:
             chain = pair.sending[0]
             if chain is not pair.marked:
+                if not limits.idle and (wait := limits.take(max(0, chain.readable_size - net.HEADER.size))):
+                    self._waits.begin(2 * pair.index + 1, wait)
+                    return
                 # Before anything else touches it: whatever kills us from here on, it is not run again.
                 queue.sending(chain)
                 pair.marked = chain
@@ -233,12 +235,18 @@ class Net(DeviceBase):
     def _receive(self, pair: Pair, queue: Queue, *, fresh: bool = False) -> None:
         if self._down:
             return
+        limits = self._limits[0]
         if pair.held is not None and fresh and pair.room:
             frame, pair.held = pair.held, None
             self._copy(pair, queue, frame, last=True)
         for _ in range(BATCH):
             if pair.held is not None or not pair.room:
                 return
+            if pair.owed >= 0 and not limits.idle:  # how large a frame is shows when it is there
+                if wait := limits.take(pair.owed):
+                    self._waits.begin(2 * pair.index, wait)
+                    return
+                pair.owed = -1
             first = pair.room[0]
             if (self._mergeable and pair.space < self._largest) or len(first.writable) >= MAX_VIEWS:
                 size = pair.tap.read([self._scratch])
@@ -252,12 +260,12 @@ class Net(DeviceBase):
                 return
 
     def _takes(self, views: list[memoryview]) -> bool:
-        if self._filter.is_open:
+        if self._orders.filter.is_open:
             return True
         head = b""
         for view in views:
             head += view[:net.HEADER.size + HEAD - len(head)]
-        if self._filter.passes(head[net.HEADER.size:]):
+        if self._orders.filter.passes(head[net.HEADER.size:]):
             return True
         self._counts["rx_filtered"] += 1
         return False
@@ -278,7 +286,8 @@ class Net(DeviceBase):
         if rest and (not self._mergeable or size > pair.space):
             self._counts["rx_dropped"] += 1  # its buffers stay
             return
-        self._counts["rx_bytes"] += size - net.HEADER.size
+        pair.owed = size - net.HEADER.size
+        self._counts["rx_bytes"] += pair.owed
         self._counts["rx_frames"] += 1
         first = pair.room.popleft()
         pair.space -= first.writable_size
@@ -301,7 +310,8 @@ class Net(DeviceBase):
     def _watch(self, pair: Pair) -> None:
         events = 0
         if not self._paused:
-            events = ((select.EPOLLIN if pair.room and pair.held is None and not self._down else 0)
+            ready = pair.room and pair.held is None and 2 * pair.index not in self._waits and not self._down
+            events = ((select.EPOLLIN if ready else 0)
                       | (select.EPOLLOUT if pair.marked is not None else 0))
         if events != pair.watched:
             self.host.unwatch(pair.tap.fd)
@@ -326,7 +336,7 @@ class Net(DeviceBase):
         if events & (select.EPOLLERR | select.EPOLLHUP) and not self._down:  # it was deleted
             self.host.log(f"tap {pair.tap.name} is gone")
             self._down = True
-            self.host.set_config(self._config())
+            self._show()
             self._watch_all()
         self._watch(pair)
 
@@ -337,47 +347,35 @@ class Net(DeviceBase):
         if chain.readable_size < 2 or not chain.writable_size:
             raise RingError(f"a command of {chain.readable_size} bytes, {chain.writable_size} writable")
         command = chain.read(MAX_COMMAND)
-        done = chain.readable_size <= MAX_COMMAND and self._do(command[0], command[1], command[2:])
+        done = chain.readable_size <= MAX_COMMAND and self._orders.obey(command[0], command[1], command[2:])
         if done:
             self._keep()
+            self._use_queues()
         chain.write(bytes([net.OK if done else net.ERR]))
         queue.complete(chain, 1)
-
-    def _do(self, kind: int, command: int, data: bytes) -> bool:
-        if kind in (net.CTRL_RX, net.CTRL_VLAN) or (kind, command) == (net.CTRL_MAC, net.CTRL_MAC_TABLE_SET):
-            return self._filter.obey(kind, command, data)
-        if kind == net.CTRL_MAC and command == net.CTRL_MAC_ADDR_SET and len(data) == 6:
-            self._filter.mac = data
-            self.host.set_config(self._config())
-            return True
-        if kind == net.CTRL_ANNOUNCE and command == net.CTRL_ANNOUNCE_ACK and not data and self._announce:
-            self._announce = False
-            self.host.set_config(self._config())
-            return True
-        if kind == net.CTRL_MQ and command == net.CTRL_MQ_VQ_PAIRS_SET and len(data) == 2:
-            pairs = int.from_bytes(data, "little")
-            if 1 <= pairs <= self._control // 2:
-                self._active = pairs
-                self._use_queues()
-                return True
-        return False
 
     # ---- verbs
 
     def call(self, verb: str, args: dict[str, Any]) -> Any:
-        """link {up}: plug the cable in or out; announce {}: have the guest tell its neighbours where it is."""
+        """link {up}: plug the cable in or out; announce {}: have the guest tell its neighbours where it is;
+        limit {bw_size, ...}: other rate limits, at once; without keys those of its group have changed."""
+        if verb == "limit":
+            for limits in self._limits:
+                if not limits.shared:
+                    limits.set({key: value for key, value in args.items() if key in KEYS})
+            self._waits.kick()  # they were for the old ones
+            return {}
         if verb == "link" and type(args.get("up")) is bool:
             self._down = not args["up"]
-            self._announce = args["up"] and self._control >= 0
+            self._orders.announce = args["up"] and self._announces
             self._card.plug(args["up"])
             for pair in self.pairs:
                 pair.tap.carrier(args["up"])
-        elif verb == "announce" and self._control >= 0 and not self._down:
-            self._announce = True
+        elif verb == "announce" and self._announces and not self._down:
+            self._orders.announce = True
         else:
             return super().call(verb, args)
         self._keep()
-        self.host.set_config(self._config())
         self._watch_all()
         return {"link": "down" if self._down else "up"}
 
@@ -389,11 +387,13 @@ class Net(DeviceBase):
         return 0 if chain.readable else None
 
     def counters(self) -> dict[str, int]:
-        return dict(self._counts)
+        return {**self._counts, "throttled": self._waits.count}
 
     def close(self) -> None:
         for pair in self.pairs:
             self.host.unwatch(pair.tap.fd)
             pair.tap.close()
         self._card.close()
+        for limits in self._limits:
+            limits.close()
 

@@ -26,14 +26,7 @@ from tests.native.guest import build, needs_kvm
 from tests.native.hotplug import Steered, eventually, starting
 from tests.native.netns import DATA, STOP, Peer, frame
 
-pytestmark = [pytest.mark.kvm, needs_kvm, netns.needs_tap]
-
-
-@pytest.fixture(autouse=True)
-def network() -> Iterator[None]:
-    """Have each test in a network namespace of its own."""
-    with netns.namespace():
-        yield
+pytestmark = [pytest.mark.kvm, needs_kvm, netns.needs_tap, pytest.mark.usefixtures("network")]
 
 
 @pytest.fixture
@@ -76,7 +69,7 @@ def test_card_comes_and_goes(start: Callable[..., Steered]) -> None:
     ("tap=new0,ip=224.0.0.1,mask=255.0.0.0", "ip=224.0.0.1: the host refuses it"),
     ("tap=new0,mac=01:00:00:00:00:01", "mac=01:00:00:00:00:01 is not the address of one card"),
     ("tap=new0,mtu=1279", "mtu=1279 is below 1280"),
-    ("tap=new0,bw_size=1", "unknown key 'bw_size'"),
+    ("tap=new0,bw_size=1", "bw_size=1 needs bw_refill_time"),
     ("fd=[7]", "a number means nothing here"),
 ])
 def test_refusals_leave_nothing(start: Callable[..., Steered], options: str, message: str) -> None:

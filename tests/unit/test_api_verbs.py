@@ -186,7 +186,7 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
     ("resize-disk", {"id": "_disk0", "desired_size": "1X"}, 400, "desired_size=1X is not a size"),
     ("resize-disk", {"id": "_disk0"}, 400, "resize-disk: desired_size is missing"),
     ("set-rate-limit", {"id": "nope"}, 404, "no device 'nope'"),
-    ("set-rate-limit", {"id": "__rng"}, 400, "set-rate-limit: id=__rng is not a disk but rng"),
+    ("set-rate-limit", {"id": "__rng"}, 400, "set-rate-limit: id=__rng has no limits: a rng"),
     ("set-rate-limit", {"id": "_disk0", "ops_size": 7}, 400, "set-rate-limit: ops_size=7 needs ops_refill_time"),
     ("set-rate-limit", {"bw_size": 7}, 400, "set-rate-limit: give id (of a disk) or group"),
     ("set-rate-limit", {"group": "nope"}, 404, "no rate limit group 'nope'"),

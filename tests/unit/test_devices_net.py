@@ -285,6 +285,40 @@ def test_a_successor_knows_what_the_driver_ordered(make: Any) -> None:
     assert next_one.received() == [frame(to=MAC, seed=5)], "another driver began anew"
 
 
+# ---- limits
+
+
+def test_limits_hold_each_way_up_by_itself(make: Any) -> None:
+    card = make(PLAIN, ops_size=3, ops_refill_time=3_600_000)
+    card.room(*[2000] * 8)
+    card.come(*(frame(seed=number) for number in range(8)))
+    assert card.received() == [frame(seed=number) for number in range(4)], "the last is charged before the next"
+    for number in range(8):
+        card.drivers[TX].add([bytes(12) + frame(seed=number)], [])
+    card.kick(TX)
+    assert len(card.drivers[TX].used()) == 3
+    assert card.device.counters()["throttled"] == 2
+    assert card.device.pairs[0].marked is None, "what waits for tokens is not leaving"
+    card.device.call("limit", {"ops_size": 0})
+    card.until(lambda: card.device.counters()["rx_frames"] == card.device.counters()["tx_frames"] == 8)
+    assert card.received() == [frame(seed=number) for number in range(4, 8)]
+    assert [card.peers[0].recv(999)[12:] for _ in range(8)] == [frame(seed=number) for number in range(8)]
+
+
+def test_a_held_up_card_pauses_and_resets(make: Any) -> None:
+    card = make(PLAIN, bw_size=100, bw_refill_time=3_600_000)
+    card.room(*[2000] * 8)
+    card.come(*[frame(200)] * 4)
+    assert len(card.received()) == 2
+    card.device.on_pause()
+    card.device.on_resume()
+    card.kick(RX)
+    assert card.received() == []
+    card.device.on_reset()
+    assert card.host.reactor.turn(0) is None
+    assert card.host.kicked == set()
+
+
 # ---- the cable
 
 

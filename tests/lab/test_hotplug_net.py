@@ -1,0 +1,143 @@
+"""A stock Debian guest on taps of the host: cards come and go, TCP carries on while their processes are killed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from cellvisor.ctl.client import Client
+from tests.lab.guest import Linux
+from tests.lab.hotplug import add, client_of, device, eventually, is_done, remove, sparse
+from tests.native import netns
+
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
+MAC = "52:54:00:12:34:%02d"
+SIZE = 6 << 20
+
+
+@pytest.fixture(scope="module")
+def vm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Linux, Client]]:
+    """A guest with console, two disks, one card and the rng, and its VM, in a network namespace of their own."""
+    folder = tmp_path_factory.mktemp("guest")
+    disks = [f"path={sparse(folder / f'disk{number}.raw')}" for number in (0, 1)]
+    card = f"tap=chtap0,ip=10.88.0.1,mask=255.255.255.0,mac={MAC % 1},id=net0,restart_budget=1000000"
+    with netns.namespace(), Linux("cloud", disks=disks, args=["--net", card]) as guest:
+        subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+        client = client_of(guest)
+        try:
+            yield guest, client
+        finally:
+            client.close()
+
+
+def links(guest: Linux) -> int:
+    return len(guest.run("ip -o link").splitlines())
+
+
+def configure(guest: Linux, card: int) -> None:
+    """Give the card with this number its address; the host is 10.88.card.1."""
+    guest.run("modprobe virtio_net")
+    find = f"grep -l {MAC % (card + 1)} /sys/class/net/*/address | cut -d/ -f5"
+    name = eventually(lambda: guest.try_run(find).output.strip(), f"card {card}")
+    guest.run(f"ip addr add 10.88.{card}.2/24 dev {name} && ip link set {name} up")
+    eventually(lambda: guest.try_run(f"ping -c 1 -W 5 10.88.{card}.1").status == 0, "an answer to a ping")
+
+
+def test_net_hotplug(vm: tuple[Linux, Client]) -> None:
+    guest, client = vm
+    configure(guest, 0)
+    assert links(guest) == 2
+    more = f"ip=10.88.1.1,mask=255.255.255.0,mac={MAC % 2}"
+    wanted = {"tap": "chtap1", **dict(word.split("=") for word in more.split(","))}
+    assert add(client, "add-net", id="test0", **wanted) == {"id": "test0", "bdf": "0000:00:06.0"}
+    is_done(client, "test0")
+    eventually(lambda: links(guest) == 3, "the third link")
+    configure(guest, 1)
+    remove(client, "test0")
+    eventually(lambda: links(guest) == 2, "two links")
+    assert add(client, "add-net", id="test1", **wanted) == {"id": "test1", "bdf": "0000:00:06.0"}
+    is_done(client, "test1")
+    eventually(lambda: links(guest) == 3, "the third link")
+    configure(guest, 1)
+    guest.reboot()
+    configure(guest, 1)
+    assert links(guest) == 3
+    remove(client, "test1")
+    assert links(guest) == 2
+    assert not [name for _, name in socket.if_nameindex() if name == "chtap1"], "a tap that was made goes too"
+    configure(guest, 0)
+
+
+def test_link_goes_and_returns(vm: tuple[Linux, Client]) -> None:
+    guest, client = vm
+    name = guest.run(f"grep -l {MAC % 1} /sys/class/net/*/address | cut -d/ -f5").strip()
+    for state, carrier in (("down", "0"), ("up", "1")):
+        client.call("set-link", id="net0", link=state)
+        eventually(lambda carrier=carrier: guest.run(f"cat /sys/class/net/{name}/carrier").strip() == carrier, state)
+    eventually(lambda: guest.try_run("ping -c 1 -W 5 10.88.0.1").status == 0, "an answer to a ping")
+
+
+class Killer:
+    """Kills the process of the card again and again."""
+
+    def __init__(self, client: Client) -> None:
+        self.kills = 0
+        self._client = client
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="killer")
+
+    def _run(self) -> None:
+        client = Client(self._client.path, timeout=180)
+        while not self._stop.wait(1.0):
+            with suppress(ProcessLookupError):
+                pid = device(client, "net0").get("pid")
+                if pid:
+                    os.kill(pid, signal.SIGKILL)
+                    self.kills += 1
+        client.close()
+
+    def __enter__(self) -> Killer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join(60)
+
+
+def test_tcp_carries_on_through_kills(vm: tuple[Linux, Client], tmp_path: Path) -> None:
+    """What was sent arrives whole, both ways, whatever became of segments on the way."""
+    guest, client = vm
+    guest.run(f"head -c {SIZE} /dev/urandom >/tmp/data")
+    digest = guest.run("md5sum </tmp/data").split()[0]
+    with socket.create_server(("10.88.0.1", 5001)) as server, Killer(client) as killer:
+        server.settimeout(300)
+        began = time.monotonic()
+        guest.run("nc 10.88.0.1 5001 </tmp/data >/tmp/back 2>/tmp/nc.log &")
+        conversation, _ = server.accept()
+        with conversation:
+            conversation.settimeout(300)
+            got = b""
+            while len(got) < SIZE:
+                piece = conversation.recv(1 << 16)
+                assert piece, f"the connection ended after {len(got)} bytes: {guest.run('cat /tmp/nc.log')}"
+                got += piece
+            conversation.sendall(got)
+            conversation.shutdown(socket.SHUT_WR)
+            guest.run("while pidof nc >/dev/null; do sleep 0.2; done", 300)
+    assert hashlib.md5(got).hexdigest() == digest
+    assert guest.run("md5sum </tmp/back").split()[0] == digest
+    assert killer.kills >= 3, f"only {killer.kills} kills in {time.monotonic() - began:.0f} s"
+    assert device(client, "net0")["state"] == "serving"
+    assert guest.run("dmesg | grep -iE 'virtio.*(error|not a head)|warning:|bug:|hung task'; true") == ""
+    print(f"{killer.kills} kills while {2 * SIZE >> 20} MiB went to and fro in {time.monotonic() - began:.0f} s")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import zmq.asyncio
 
+from cellvisor.controlplane import swap
 from cellvisor.controlplane.blob import Life, Record, read
 from cellvisor.controlplane.corelink import OURS, CoreLink
 from cellvisor.controlplane.events import Monitor
@@ -166,6 +167,7 @@ async def go_on(vm: Supervisor, left: Legacy) -> None:
     if found.configured and info.get("state") != "created":
         with contextlib.suppress(CellvisorError):
             await vm.plug.adopt(found.parts.get("plug"))
+        await swap.settle_all(vm, found.parts)
     vm.changed()
     vm.open_api()
     vm.events.emit("vmm.adopted", name=vm.rundir.name, pid=os.getpid(), generation=vm.rundir.generation,

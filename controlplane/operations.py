@@ -22,7 +22,8 @@ from cellvisor.controlplane.events import EventLog
 from cellvisor.core.errors import CellvisorError, Conflict, NotFound
 
 KEPT = 512
-STEPS = ("resize-disk", "set-rate-limit")  # verbs that a device answers by itself: whoever asked learns the end
+# Verbs that a device answers by itself: whoever asked learns the end.
+STEPS = ("resize-disk", "set-rate-limit", "swap-disk")
 
 
 class OpState(StrEnum):

@@ -70,7 +70,7 @@ class Plug:
             self.operations.move(operation, OpState.DONE, "there at the next boot")
             return device
         try:
-            async with self._locked(device.id), contextlib.AsyncExitStack() as undo:
+            async with self.locked(device.id), contextlib.AsyncExitStack() as undo:
                 undo.callback(vm.inventory.release, device.id)
                 await self._bring(device, operation, undo)
                 undo.pop_all()
@@ -126,7 +126,7 @@ class Plug:
             self._unwant(key)
             self.operations.move(operation, OpState.DONE)
             return operation
-        async with self._locked(key):
+        async with self.locked(key):
             device = vm.inventory.get(key)
             pending = self._leaving.get(key)
             operation = pending or self.operations.begin("remove-device", key, device.bdf)
@@ -161,7 +161,7 @@ class Plug:
         Raises NotFound, and Conflict for one that has ended.
         """
         operation = self.operations.get(key)
-        async with self._locked(operation.device):
+        async with self.locked(operation.device):
             if operation.state in FINAL or operation.state is OpState.REQUESTED:
                 raise Conflict(f"{operation.id}: is {operation.state}", hint="only what waits for the guest can be")
             removing = self._leaving.get(operation.device) is operation
@@ -227,7 +227,7 @@ class Plug:
     async def _finish(self, key: str, device: Device | None, how: str) -> None:
         """The guest has let go, or was not asked: release everything that the device had."""
         vm, fleet = self._vm, self._fleet()
-        async with self._locked(key):
+        async with self.locked(key):
             if vm.inventory.devices.get(key) is not device:
                 return  # taken back already, and there is another one of that name
             await self._put_away(fleet, key)
@@ -331,7 +331,8 @@ class Plug:
             raise Conflict("the VM has not been booted")
         return self._vm.fleet
 
-    def _locked(self, key: str) -> asyncio.Lock:
+    def locked(self, key: str) -> asyncio.Lock:
+        """Return the lock of a device: one change of it at a time."""
         lock = self._locks.get(key)
         if lock is None:
             lock = self._locks[key] = asyncio.Lock()

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cellvisor.controlplane.corelink import OURS, CoreLink
+from cellvisor.controlplane.swap import remember
 from cellvisor.core.errors import CellvisorError, Conflict, Internal, NotFound, UsageError
 from cellvisor.core.wire import budget
 from cellvisor.core.wire.messages import CoreVerb
@@ -105,11 +106,7 @@ async def _change_device(vm: Supervisor, device: Device, args: dict[str, Any]) -
     core = _running(vm)
     with vm.plug.operations.step("set-rate-limit", device.id, device.bdf) as operation:
         await core.request(CoreVerb.CALL, device=device.id, verb="limit", args=limits)
-        known = [vm.inventory.devices.get(device.id), *vm.config.devices]
-        known += [one.device for one in vm.fleet.latest()] if vm.fleet else []
-        for one in known:  # all that a successor, a reboot or an adoption begins from
-            if one is not None and one.id == device.id:
-                one.options.update(limits)
+        remember(vm, device.id, limits)
         await core.keep_state()
     return {"id": device.id, "operation": operation.id, **limits}
 

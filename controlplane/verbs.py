@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from cellvisor import __version__
-from cellvisor.controlplane import lifeverbs, plugverbs, ratelimit, report, upgrade
+from cellvisor.controlplane import lifeverbs, plugverbs, ratelimit, report, swap, upgrade
 from cellvisor.core.errors import CellvisorError, Conflict, NotFound, TryAgain
 from cellvisor.core.wire import places
 from cellvisor.core.wire.control import VERBS, Request
@@ -35,7 +35,7 @@ class Verbs:
             "reset": change(CoreVerb.RESET), "power-button": change(CoreVerb.POWER_BUTTON),
             "restart-device": self._restart_device, "drain-device": self._drain_device,
             "nmi": change(CoreVerb.NMI), **lifeverbs.table(vm, self._turn), **plugverbs.table(vm),
-            **upgrade.table(vm), **ratelimit.table(vm),
+            **upgrade.table(vm), **ratelimit.table(vm), **swap.table(vm),
         }
 
     async def serve(self, request: Request) -> Any:

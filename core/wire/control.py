@@ -72,6 +72,14 @@ class SetLinkArgs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SwapDiskArgs:
+    """What `swap-disk` takes."""
+
+    id: str = option(help="name of the disk")
+    path: str = option(help="the image that it has from now on", path=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RemoveArgs:
     """What `remove-device` takes."""
 
@@ -141,6 +149,8 @@ _TABLE = (
     Verb("resize", "change vCPUs, memory or balloon", path="vm.resize", ready=False),
     Verb("resize-zone", "change a memory zone's size", path="vm.resize-zone", ready=False),
     Verb("resize-disk", "change a disk's size", ResizeDiskArgs, path="vm.resize-disk"),
+    Verb("swap-disk", "give a disk another image; whoever uses the old one in the guest should have let it go",
+         SwapDiskArgs),
     Verb("set-rate-limit", "change how much a disk, a network card or a rate limit group may do", RateLimitArgs),
     Verb("add-disk", "plug a disk", ObjectArgs, path="vm.add-disk", answers=True),
     Verb("add-rng", "plug an entropy source", ObjectArgs, answers=True),

@@ -93,6 +93,16 @@ class Disk:
                 return 4096
         return SECTOR
 
+    def is_at(self, path: str) -> bool:
+        """Tell whether `path` is this very image."""
+        try:
+            there, here = os.stat(path), os.fstat(self.fd)
+        except (OSError, ValueError):
+            return False
+        if self._block:
+            return stat.S_ISBLK(there.st_mode) and there.st_rdev == here.st_rdev
+        return os.path.samestat(there, here)
+
     def read(self, views: Views, offset: int) -> None:
         """Fill `views` from `offset` on."""
         self._move(os.preadv, views, offset, fill=True)

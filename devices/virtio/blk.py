@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from cellvisor.core.abi import virtio
-from cellvisor.core.errors import RingError, UsageError
+from cellvisor.core.errors import Conflict, RingError, UsageError
 from cellvisor.devices.backends.disk import FENCE_SECONDS, SECTOR, Disk, drop, take, wait_released
 from cellvisor.devices.backends.limiter import KEYS, LimitedOptions, limiter_of
 from cellvisor.devices.device import Chain, DeviceBase, Host, Queue, Spec, option
@@ -21,6 +21,7 @@ from cellvisor.devices.device import Chain, DeviceBase, Host, Queue, Spec, optio
 MAX_SEGMENTS = 32              # of one discard; a page full would be 256
 MAX_DISCARD = (1 << 30) // SECTOR
 MAX_ZEROES = (64 << 20) // SECTOR  # what has to be written by hand if the file system cannot zero
+SWAP_SECONDS = 30.0  # who had the next image opened and then nothing more has died
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +61,11 @@ class Blk(DeviceBase):
         self._timers: dict[int, int] = {}
         self.disk = Disk(options.path, readonly=options.readonly, direct=options.direct,
                          patience=FENCE_SECONDS if host.generation > 1 else 0.0)
+        self._next: Disk | None = None  # the image that is to follow, open and locked
+        self._next_timer = -1
         self._pin(sorted({cpu for pin in options.queue_affinity for cpu in pin.host_cpus}))
         self._sectors = self.disk.size // SECTOR
+        self._shown = self._config()
         self._write_through = False
         self._counts = dict.fromkeys(self.COUNTERS, 0)
         self._busy = 0.0  # seconds, which its counter tells in us
@@ -241,30 +245,80 @@ class Blk(DeviceBase):
         return segments
 
     def call(self, verb: str, args: dict[str, Any]) -> Any:
-        """resize {size}: change the image's size in bytes and tell the driver. Requests that were made for a larger
-        disk fail when they are served. limit {bw_size, ...}: other rate limits, at once;
-        without keys those of its group have changed."""
-        if verb == "limit":
-            if not self._limiter.shared:
-                self._limiter.set({key: value for key, value in args.items() if key in KEYS})
-            self._stop_timers()  # they were for the old ones
-            for index in self._waiting:
-                self.host.kick(index)
-            return {}
-        if verb != "resize":
+        """Change the disk while its driver uses it. Raises CellvisorError; nothing has changed then.
+
+        resize {size}: another size in bytes; requests that were made for a larger disk fail when they are served.
+        limit {bw_size, ...}: other rate limits, at once; without keys those of its group have changed.
+        open {path}: open and lock the image that is to follow; swap {path}: go on with it.
+        """
+        verbs = {"resize": self._resize, "limit": self._limit, "open": self._open, "swap": self._swap}
+        if verb not in verbs:
             return super().call(verb, args)
+        self.host.enter_syscall()
+        try:
+            return verbs[verb](args)
+        finally:
+            self.host.leave_syscall()
+
+    def _resize(self, args: dict[str, Any]) -> dict[str, Any]:
         size = args.get("size")
         if type(size) is not int:
             raise UsageError(f"desired_size={size!r} is no number of bytes")
-        self.host.enter_syscall()
-        try:
-            self.disk.resize(size, sparse=self.options.sparse)
-        finally:
-            self.host.leave_syscall()
-        if self._sectors != size // SECTOR:
-            self._sectors = size // SECTOR
-            self.host.set_config(self._config())
+        self.disk.resize(size, sparse=self.options.sparse)
+        self._show()
         return {"size": size}
+
+    def _show(self) -> None:
+        """Tell the driver what the disk is like now."""
+        self._sectors = self.disk.size // SECTOR
+        if self._config() != self._shown:
+            self._shown = self._config()
+            self.host.set_config(self._shown)
+
+    def _limit(self, args: dict[str, Any]) -> dict[str, Any]:
+        if not self._limiter.shared:
+            self._limiter.set({key: value for key, value in args.items() if key in KEYS})
+        self._stop_timers()  # they were for the old ones
+        for index in self._waiting:
+            self.host.kick(index)
+        return {}
+
+    def _open(self, args: dict[str, Any]) -> dict[str, Any]:
+        path = str(args.get("path"))
+        if self.disk.is_at(path):
+            raise Conflict(f"path={path} is what the disk has already")
+        self._forget_next()
+        found = Disk(path, readonly=self.options.readonly, direct=self.options.direct)
+        if found.logical != self.disk.logical:
+            found.close()
+            raise UsageError(f"path={path} has blocks of {found.logical} bytes, its driver was told "
+                             f"{self.disk.logical}", hint="remove the disk and add another")
+        self._next = found
+        self._next_timer = self.host.after(SWAP_SECONDS, self._forget_next)
+        return {"size": found.size}
+
+    def _swap(self, args: dict[str, Any]) -> dict[str, Any]:
+        if self.disk.path == args.get("path"):  # a successor has begun with it, or there is none to follow any more
+            self._forget_next()
+            return {}
+        if self._next is None or self._next.path != args.get("path"):
+            raise Conflict(f"path={args.get('path')} has not been opened")
+        old, self.disk, self._next = self.disk, self._next, None
+        self._forget_next()
+        self._show()
+        if not old.readonly:
+            try:
+                old.flush()
+            except OSError as error:
+                self.host.log(f"path={old.path}: what was written last may be lost: {error}")
+        old.close()
+        return {}
+
+    def _forget_next(self) -> None:
+        self.host.cancel(self._next_timer)
+        if self._next is not None:
+            self._next.close()
+            self._next = None
 
     @staticmethod
     def drain(index: int, chain: Chain) -> int | None:
@@ -281,6 +335,7 @@ class Blk(DeviceBase):
         return {**self._counts, "busy_us": int(self._busy * 1e6)}
 
     def close(self) -> None:
+        self._forget_next()
         self.disk.close()
         self._limiter.close()
 

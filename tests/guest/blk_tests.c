@@ -113,6 +113,25 @@ void test_blk_boots(void)
     platform_end("off");
 }
 
+/* test=blk-capacity: tell capacity and first word, again after every config interrupt until there were `changes=`(1). */
+void test_blk_capacity(void)
+{
+    open();
+    uint64_t changes = param_number("changes", 1);
+    require(blk.virtio.irq == IRQ_MSIX, "blk-capacity needs irq=msix");
+    for (uint64_t told = 0;; told++) {
+        blk.sectors = virtio_config(&blk.virtio, 0, 8);
+        require(blk_do(&blk, BLK_IN, 0, data, 512) == BLK_OK, "the first sector cannot be read");
+        require(blk_do(&blk, BLK_IN, blk.sectors - 1, copy, 512) == BLK_OK, "the last sector cannot be read");
+        require(blk_do(&blk, BLK_IN, blk.sectors, copy, 512) == BLK_IOERR, "there is a sector after the last");
+        print("capacity=%lu first=0x%lx\n", blk.sectors, *(uint64_t *)data);
+        if (told == changes)
+            return;
+        for (uint64_t seen = irq_total; irq_count[blk.virtio.config_vector] <= told; seen = irq_total)
+            halt(seen);
+    }
+}
+
 /* test=msix: a masked vector leaves its bit in the PBA, unmasking delivers. */
 void test_msix(void)
 {

@@ -7,7 +7,7 @@ static const struct test {
 } tests[] = {
     {"boot", test_boot}, {"smp", test_smp}, {"pci", test_pci}, {"msix", test_msix},
     {"blk-info", test_blk_info}, {"blk-ops", test_blk_ops}, {"blk-boots", test_blk_boots},
-    {"blk-move", test_blk_move},
+    {"blk-move", test_blk_move}, {"blk-capacity", test_blk_capacity},
     {"blk-write", test_blk_write}, {"blk-verify", test_blk_verify}, {"blk-bench", test_blk_bench},
     {"net-info", test_net_info}, {"net-echo", test_net_echo}, {"net-receive", test_net_receive},
     {"net-control", test_net_control}, {"net-announce", test_net_announce}, {"net-send", test_net_send},

@@ -10,6 +10,7 @@ void test_blk_info(void);
 void test_blk_ops(void);
 void test_blk_boots(void);
 void test_blk_move(void);
+void test_blk_capacity(void);
 void test_blk_write(void);
 void test_blk_verify(void);
 void test_blk_bench(void);

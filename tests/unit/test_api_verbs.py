@@ -114,6 +114,7 @@ ARGS: dict[str, dict[str, Any]] = {
     "add-virtio": {"type": "blk", "path": "x"},
     "validate": {"verb": "add-disk", "path": "x"}, "remove-device": {"id": "_disk0"},
     "resize-disk": {"id": "_disk0", "desired_size": 1 << 20}, "restart-device": {"id": "_disk0"},
+    "swap-disk": {"id": "_disk0", "path": "y"},
     "set-rate-limit": {"id": "_disk0", "bw_size": 1 << 20, "bw_refill_time": 100},
     "set-link": {"id": "_disk0", "link": "up"}, "drain-device": {"id": "_disk0"}, "upgrade-device": {"id": "_disk0"},
 }
@@ -185,6 +186,10 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
     ("resize-disk", {"id": "_disk0", "desired_size": -1}, 400, "desired_size=-1 is out of range"),
     ("resize-disk", {"id": "_disk0", "desired_size": "1X"}, 400, "desired_size=1X is not a size"),
     ("resize-disk", {"id": "_disk0"}, 400, "resize-disk: desired_size is missing"),
+    ("swap-disk", {"id": "nope", "path": "y"}, 404, "no device 'nope'"),
+    ("swap-disk", {"id": "__rng", "path": "y"}, 400, "swap-disk: id=__rng is not a disk but rng"),
+    ("swap-disk", {"id": "_disk0", "path": ""}, 400, "swap-disk: path= is not a file name"),
+    ("swap-disk", {"id": "_disk0"}, 400, "swap-disk: path is missing"),
     ("set-rate-limit", {"id": "nope"}, 404, "no device 'nope'"),
     ("set-rate-limit", {"id": "__rng"}, 400, "set-rate-limit: id=__rng has no limits: a rng"),
     ("set-rate-limit", {"id": "_disk0", "ops_size": 7}, 400, "set-rate-limit: ops_size=7 needs ops_refill_time"),

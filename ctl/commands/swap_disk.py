@@ -1,0 +1,32 @@
+"""cellvisor swap-disk."""
+
+from __future__ import annotations
+
+import argparse
+
+from cellvisor.ctl import common
+
+HELP = "Give a disk another image while the guest runs: have it unmounted there first."
+EXAMPLE = "cellvisor swap-disk web --disk data --path /srv/other.raw"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add VM, --disk and --path."""
+    common.add_vm(parser)
+    parser.add_argument("--disk", required=True, metavar="ID", help="the disk's name, see cellvisor devices")
+    parser.add_argument("--path", required=True, metavar="FILE", help="raw image or block device")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Ask for it."""
+    import os
+
+    from cellvisor.ctl.client import Client
+
+    path = os.path.abspath(options.path) if options.path else ""
+    with Client(options.vm) as client:
+        answer = client.call("swap-disk", id=options.disk, path=path)
+        if options.json:
+            return common.show_json(answer)
+        print(f"{client.name}: {options.disk} has {path}")
+    return 0

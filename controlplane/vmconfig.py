@@ -142,7 +142,7 @@ def _wanted(given: Mapping[str, Any]) -> list[Wanted]:
     found += [Wanted("disks", "disk", "", body=flat(disk)) for disk in _list(given, "disks")]
     for card in _list(given, "net"):
         body = flat(card)
-        if "fd" in body:
+        if body.get("fd") is not None:
             raise UsageError(f"create: fds={body['fd']}: descriptors come with add-net", hint="add it after create")
         found.append(Wanted("net", "net", "", body=body))
     found.append(_fixed("rng", _object(given, "rng"), "__rng"))

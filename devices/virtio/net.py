@@ -104,8 +104,9 @@ class Net(DeviceBase):
         if options.offload_csum:  # the others rest on it (5.1.3.1)
             features |= CSUM | (TSO if options.offload_tso else 0) | (UFO if options.offload_ufo else 0)
         return Spec(virtio_id=ID_NET, pci_class=0x020000, features=features, config=self._config(),
-                    queues=(options.queue_size,) * options.num_queues + (64,), title="virtio-net",
-                    counters=self.COUNTERS, private_size=MAX_STATE)
+                    queues=(options.queue_size,) * options.num_queues + (64,), private_size=MAX_STATE,
+                    title=f"virtio-net on {self.pairs[0].tap.name}, {self._card.mac.hex(':')}",
+                    counters=self.COUNTERS)
 
     def _config(self) -> bytes:
         status = (0 if self._down else net.S_LINK_UP) | (net.S_ANNOUNCE if self._orders.announce else 0)

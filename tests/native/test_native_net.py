@@ -10,6 +10,7 @@ import pytest
 from tests.native import netns
 from tests.native.conftest import Vm
 from tests.native.guest import GuestResult, needs_kvm
+from tests.native.hotplug import eventually
 from tests.native.netns import DATA, STOP, Peer, frame
 from tests.native.steer import steer
 
@@ -100,7 +101,36 @@ def test_a_limit_changes_while_the_guest_runs(vm: Vm) -> None:
         assert vmm.running.finish().check().number("received") >= 99, "a death may cost one"
 
 
-def test_link_and_announcement(vm: Vm) -> None:
+def test_an_announcement_is_asked_for(vm: Vm) -> None:
+    netns.make_tap()
+    with steer(vm, "test=net-announce", extra=["--net", f"{CARD},id=lan"]) as vmm:
+        vmm.running.wait_for("ready=1")
+        vmm.client.call("set-link", id="lan", link="announce")
+        assert vmm.running.finish().check().number("announced") == 1
+
+
+def test_an_interface_that_is_down_or_deleted_is_no_end(vm: Vm) -> None:
+    netns.make_tap()
+    with steer(vm, "test=net-receive", extra=["--net", CARD]) as vmm:
+        vmm.running.wait_for("ready=1")
+        for command in (["set", "tap0", "down"], ["set", "tap0", "up"]):
+            subprocess.run(["ip", "link", *command], check=True)
+        with Peer() as peer:
+            peer.send(frame(DATA, 1))
+        eventually(lambda: vmm.client.call("counters")["_net0"]["rx_frames"] == 1, "a frame")
+        subprocess.run(["ip", "link", "del", "tap0"], check=True)
+        eventually(lambda: "tap tap0 is gone" in vmm.running.log.read_text(), "the notice")
+        assert vmm.device("net")["generation"] == 1
+        netns.make_tap()
+        vmm.client.call("upgrade-device", id="_net0")
+        assert vmm.device("net")["core"]["title"] == "virtio-net on tap0, 52:54:00:12:34:56"
+        with Peer() as peer:
+            peer.send(frame(DATA, 2))
+            peer.send(frame(STOP, 0))
+        assert vmm.running.finish().check().number("received") == 2
+
+
+def test_link_goes_and_returns(vm: Vm) -> None:
     netns.make_tap()
     with steer(vm, "test=net-announce down=1", extra=["--net", f"{CARD},id=lan"]) as vmm:
         vmm.running.wait_for("ready=1")

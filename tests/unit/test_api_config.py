@@ -57,6 +57,18 @@ def test_as_cloud_hypervisor_shows_its_own(kernel: str) -> None:
         ("rng", {"src": "/dev/random", "iommu": False})]
 
 
+def test_network_cards_as_cloud_hypervisor_shows_them(kernel: str) -> None:
+    shown = {"tap": "tap0", "ip": None, "mask": None, "mac": "52:54:00:12:34:56", "host_mac": None, "mtu": None,
+             "iommu": False, "num_queues": 2, "queue_size": 256, "vhost_user": False, "vhost_socket": None,
+             "vhost_mode": "Client", "id": "_net0", "fds": None, "rate_limiter_config": {"bandwidth": None, "ops": {
+                 "size": 10, "one_time_burst": None, "refill_time": 100}}, "pci_segment": 0, "offload_tso": True}
+    order = vmconfig.read({"payload": {"kernel": kernel}, "net": [shown], "disks": [{"path": "/a"}]})
+    assert [want.kind for want in order.wanted] == ["console", "disk", "net", "rng"]
+    assert {key: value for key, value in (order.wanted[2].body or {}).items() if value is not None} == {
+        "tap": "tap0", "mac": "52:54:00:12:34:56", "iommu": False, "num_queues": 2, "queue_size": 256, "id": "_net0",
+        "ops_size": 10, "ops_refill_time": 100, "pci_segment": 0, "offload_tso": True}
+
+
 def test_devices_of_any_type(kernel: str) -> None:
     order = vmconfig.read({"payload": {"kernel": kernel}, "console": {"mode": "Off"},
                            "virtio": [{"type": "pattern", "id": "p", "size": 3}]})

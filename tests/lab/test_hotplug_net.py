@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -18,12 +19,12 @@ import pytest
 from cellvisor.ctl.client import Client
 from tests.fakes import ch_remote
 from tests.lab.guest import Linux
-from tests.lab.hotplug import add, client_of, device, eventually, is_done, remove, sparse
+from tests.lab.hotplug import MIB, add, client_of, device, eventually, is_done, remove, sparse
 from tests.native import netns
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
 MAC = "52:54:00:12:34:%02d"
-SIZE = 6 << 20
+SIZE = 6 * MIB
 
 
 @pytest.fixture(scope="module")
@@ -135,11 +136,31 @@ def converse(guest: Linux, server: socket.socket, digest: str) -> None:
     assert guest.run("md5sum </tmp/back").split()[0] == digest
 
 
+def digest_of_file(guest: Linux) -> str:
+    """Make the file that the guest sends."""
+    guest.run(f"head -c {SIZE} /dev/urandom >/tmp/data")
+    return guest.run("md5sum </tmp/data").split()[0]
+
+
+def test_rate_limiter_net(vm: tuple[Linux, Client]) -> None:
+    """6 MiB each way with 2 MiB a second, the first of which are there at once."""
+    guest, client = vm
+    digest = digest_of_file(guest)
+    client.call("set-rate-limit", id="net0", bw_size=2 * MIB, bw_refill_time=1000)
+    began = time.monotonic()
+    with socket.create_server(("10.88.0.1", 5001)) as server:
+        server.settimeout(300)
+        converse(guest, server, digest)
+    took = time.monotonic() - began
+    client.call("set-rate-limit", id="net0", bw_size=0)
+    assert took >= 3.9
+    assert client.call("counters")["net0"]["throttled"] > 0
+
+
 def test_tcp_carries_on_through_kills(vm: tuple[Linux, Client]) -> None:
     """What was sent arrives whole, both ways, whatever became of segments on the way."""
     guest, client = vm
-    guest.run(f"head -c {SIZE} /dev/urandom >/tmp/data")
-    digest = guest.run("md5sum </tmp/data").split()[0]
+    digest = digest_of_file(guest)
     with socket.create_server(("10.88.0.1", 5001)) as server, Killer(client) as killer:
         server.settimeout(300)
         while killer.kills < 20:

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -158,6 +159,32 @@ def test_descriptors_come_over_http_and_stay_for_the_next_boot(machine: Callable
         peer.send(frame(STOP, 0))
         assert vm.process.wait(60) == 0
     vm.said("received=2")
+
+
+def test_descriptors_outlive_who_took_them(machine: Callable[..., Machine]) -> None:
+    netns.make_tap()
+    tap = open_tap("tap0")
+    vm = machine()
+    vm.create("net-receive")
+    vm.put("vm.add-net", NET, tap)
+    os.close(tap)
+    vm.put("vm.boot")
+    vm.said("ready=1")
+    vm.process.kill()
+
+    def card() -> dict[str, Any]:
+        with suppress(OSError, EOFError, ch_remote.Failed):
+            listed = json.loads(ch_remote.call(vm.socket, "GET", "vm.devices") or "")["devices"]
+            return next((one for one in listed if one["id"] == "lan" and one["state"] == "serving"), {})
+        return {}
+
+    os.kill(int(eventually(card, "a successor")["pid"]), signal.SIGKILL)
+    eventually(lambda: card().get("generation") == 2, "the next process")
+    with Peer() as peer:
+        peer.send(frame(DATA, 1))
+        peer.send(frame(STOP, 0))
+    vm.said("received=1")
+    eventually(lambda: not os.listdir(vm.directory / "cellvisor"), "the end of the VM")
 
 
 @pytest.mark.parametrize("verb", ["vm.remove-device", "vm.delete"])

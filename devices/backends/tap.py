@@ -73,10 +73,14 @@ class Tap:
             fcntl.ioctl(self.fd, abi.TUNSETCARRIER, int(there).to_bytes(4, "little"))
 
     def read(self, views: Sequence[memoryview]) -> int:
-        """Read a frame with its header; returns 0 if there is none."""
+        """Read a frame with its header; returns 0 if there is none, or no interface any more (then EPOLLERR comes)."""
         try:
             return os.readv(self.fd, views)
         except (BlockingIOError, InterruptedError):
+            return 0
+        except OSError as error:
+            if error.errno != errno.EBADFD:
+                raise
             return 0
 
     def write(self, views: Sequence[memoryview]) -> bool:

@@ -7,7 +7,6 @@ one. What the driver said on the control queue is in the private area, for as lo
 
 from __future__ import annotations
 
-import errno
 import select
 import struct
 from collections import deque
@@ -323,17 +322,16 @@ class Net(DeviceBase):
     def _ready(self, pair: Pair, events: int) -> None:
         index = 2 * pair.index
         receive, send = self.host.queue(index), self.host.queue(index + 1)
-        try:
-            if receive is not None and events & select.EPOLLIN:
-                self._receive(pair, receive)
-                receive.publish()
-            if send is not None and events & select.EPOLLOUT:
-                self._send(pair, send)
-                send.publish()
-        except OSError as error:
-            if error.errno != errno.EBADFD:
-                raise
-            events |= select.EPOLLERR
+        if receive is None:  # its driver broke a rule, and has to reset us
+            pair.room.clear()
+        elif events & select.EPOLLIN:
+            self._receive(pair, receive)
+            receive.publish()
+        if send is None:
+            pair.marked = None
+        elif events & (select.EPOLLOUT | select.EPOLLERR):
+            self._send(pair, send)
+            send.publish()
         if events & (select.EPOLLERR | select.EPOLLHUP) and not self._down:  # it was deleted
             self.host.log(f"tap {pair.tap.name} is gone")
             self._down = True

@@ -369,6 +369,14 @@ def test_a_deleted_tap_is_a_link_that_is_down(make: Any) -> None:
     assert card.host.logged == ["tap fake0 is gone"]
 
 
+def test_a_queue_that_needs_a_reset_keeps_nobody_busy(make: Any) -> None:
+    card = make()
+    card.room(2048)
+    card.host.queues.pop(RX).close()
+    card.come(frame())
+    assert card.device.pairs[0].watched == 0
+
+
 def test_a_drained_card_drops_and_refuses(make: Any) -> None:
     card = make()
     for index, chain in ((RX, ([], [100])), (TX, ([b"x"], [])), (CTRL, ([b"\0\0\1"], [1]))):

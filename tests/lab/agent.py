@@ -5,6 +5,7 @@ host -> L1                                       L1 -> host
   {"id", "say": line}   to the job's channel         {"id", "said": line}   from the job's channel
   {"id", "signal": number}                           {"hello": uptime}      once, at start
   {"id", "put": path, "data": base64}                {"id", "exit": 0}
+                                                     {"beat": uptime}       every BEAT_SECONDS: L1 does not hang
 
 When the host closes its end, L1 powers off: a killed host leaves no machine behind.
 """
@@ -19,10 +20,12 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 PORT_NAME = "cellvisor.lab"
+BEAT_SECONDS = 10.0
 
 
 class Agent:
@@ -41,12 +44,18 @@ class Agent:
                 data = data[self._port.write(data):]
 
     def serve(self) -> None:
-        self.send({"hello": float(Path("/proc/uptime").read_text().split()[0])})
+        self.send({"hello": _uptime()})
+        threading.Thread(target=self._beat, daemon=True).start()
         for line in iter(self._port.readline, b""):
             try:
                 self._handle(json.loads(line))
             except (ValueError, KeyError) as error:
                 print(f"agent: bad request {line[:200]!r}: {error!r}", file=sys.stderr)
+
+    def _beat(self) -> None:
+        while True:
+            time.sleep(BEAT_SECONDS)
+            self.send({"beat": _uptime()})
 
     def _handle(self, request: dict[str, Any]) -> None:
         job = int(request["id"])
@@ -105,6 +114,10 @@ class Agent:
         with channel.makefile("rb") as lines:
             for line in lines:
                 self.send({"id": job, "said": line.decode().rstrip("\n")})
+
+
+def _uptime() -> float:
+    return float(Path("/proc/uptime").read_text().split()[0])
 
 
 def _open_port() -> Port:

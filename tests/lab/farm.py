@@ -1,7 +1,8 @@
 """Run groups of tests on L1 machines side by side and hand their reports to the pytest session of the host.
 
 Each machine has a thread of its own: boot, start pytest in L1, then take the longest group that is left. A machine
-that dies or hangs fails the test it was running, with its console, and a new one goes on with the rest.
+that dies fails the test it was running, with its console, and a new one goes on with the rest. One whose heart stops
+is the emulator's doing as a rule: the session says so and runs the test once more.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ import pytest
 
 from tests.debian import Missing
 from tests.lab import recipe
-from tests.lab.l1 import L1, Died, Job
+from tests.lab.l1 import L1, Died, Hung, Job
 
 TEST_SECONDS = 900  # after which pytest-timeout ends a test in L1: boots take long on a busy machine
-SILENCE = TEST_SECONDS + 120.0  # L1 itself hangs
+SILENCE = TEST_SECONDS + 120.0  # pytest in L1 hangs
 GUESS = 30.0  # seconds, for a test that never ran
 MAX_BOOTS = 4  # of one machine's thread
 
@@ -53,6 +54,7 @@ class Farm:
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._machines: dict[str, L1] = {}
         self._stopping = False
+        self._hung: set[str] = set()  # under these tests
         self._reported: set[str] = set()
 
     def run(self) -> None:
@@ -156,7 +158,11 @@ class Farm:
             if self._stopping:
                 return True
             victim = running or (group[0] if group else "")
-            if victim:
+            if victim and isinstance(error, Hung) and victim not in self._hung:
+                self._hung.add(victim)
+                self._events.put(("note", f"{name} hung under {victim}, which runs once more: {error}"))
+                self._requeue(group)
+            elif victim:
                 self._events.put(("fail", (victim, f"{name} died under this test: {error}")))
                 self._requeue([nodeid for nodeid in group if nodeid != victim])
             else:

@@ -27,6 +27,7 @@ from tests.debian import need
 from tests.lab import image, initramfs, tree
 
 BOOT_SECONDS = 180
+HANGS_AFTER = 180.0  # seconds without a heartbeat, which comes every 10
 MEMORY_MIB = 4096
 PORT_NAME = "cellvisor.lab"
 HERE = Path(__file__).parent
@@ -34,6 +35,10 @@ HERE = Path(__file__).parent
 
 class Died(RuntimeError):
     """L1 ended or hangs; the message carries the end of its console."""
+
+
+class Hung(Died):
+    """L1 executes nothing any more, the agent's heartbeat included: nested SVM under TCG loses its timer at times."""
 
 
 class Job:
@@ -45,11 +50,17 @@ class Job:
         self.events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
 
     def next(self, timeout: float) -> tuple[str, Any]:
-        """Return the next event. Raises Died if L1 ended, or said nothing for `timeout` seconds."""
-        try:
-            kind, value = self.events.get(timeout=timeout)
-        except queue.Empty:
-            raise Died(f"L1 said nothing for {timeout:.0f} s\n{self._machine.console()}") from None
+        """Return the next event. Raises Hung; Died if L1 ended, or this job said nothing for `timeout` seconds."""
+        until = time.monotonic() + timeout
+        while True:
+            try:
+                kind, value = self.events.get(timeout=1.0)
+                break
+            except queue.Empty:
+                if self._machine.silence > HANGS_AFTER:
+                    raise Hung(f"L1's heart stopped {HANGS_AFTER:.0f} s ago\n{self._machine.console()}") from None
+                if time.monotonic() > until:
+                    raise Died(f"L1 said nothing for {timeout:.0f} s\n{self._machine.console()}") from None
         if kind == "died":
             raise Died(f"L1 ended\n{self._machine.console()}")
         return kind, value
@@ -79,6 +90,7 @@ class L1:
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._last = 0
+        self._heard = time.monotonic()
         self.boot_seconds = 0.0
 
     def __enter__(self) -> L1:
@@ -232,7 +244,15 @@ class L1:
         for job in list(self._jobs.values()):
             job.events.put(("died", None))
 
+    @property
+    def silence(self) -> float:
+        """Return for how many seconds nothing was heard of it."""
+        return time.monotonic() - self._heard
+
     def _take(self, message: dict[str, Any]) -> None:
+        self._heard = time.monotonic()
+        if "beat" in message:
+            return
         if "hello" in message:
             self._hello.set()
             return

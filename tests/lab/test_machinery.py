@@ -96,7 +96,7 @@ def test_the_place_can_be_chosen(monkeypatch: pytest.MonkeyPatch, wish: str, dir
 
 CONFTEST = """
 import os, socket, sys, threading
-from tests.lab import farm
+from tests.lab import agent, farm, l1
 from tests.lab.agent import Agent, Port
 from tests.lab.conftest import pytest_report_collectionfinish, pytest_runtestloop
 from tests.lab.l1 import L1
@@ -113,10 +113,21 @@ class Local(L1):
         return super().job([sys.executable, *argv[1:]], env=env, cwd=os.getcwd(), channel=channel)
 
 farm.L1 = Local
+agent.BEAT_SECONDS, l1.HANGS_AFTER = 0.2, 2.0
+beat = Agent.send
+
+def send(self, message):
+    if "beat" in message and os.path.exists("stop-heart"):
+        os.rename("stop-heart", "stopped-heart")
+        self.is_hung = True
+    if not hasattr(self, "is_hung"):
+        beat(self, message)
+
+Agent.send = send
 """
 
 TESTS = """
-import os, signal, pytest
+import os, signal, time, pytest
 
 def test_here():
     assert "CELLVISOR_IN_LAB" not in os.environ
@@ -147,6 +158,12 @@ def test_kills_its_machine():
     os.kill(os.getpid(), signal.SIGKILL)
 
 @pytest.mark.lab
+def test_machine_hangs_once():
+    if not os.path.exists("stopped-heart"):
+        open("stop-heart", "x").close()
+        time.sleep(60)
+
+@pytest.mark.lab
 def test_after_that(): pass
 """
 
@@ -161,11 +178,12 @@ def test_reports_come_back_as_if_run_here(tmp_path: Path) -> None:
                           env=environment, capture_output=True, text=True, timeout=120, check=False)
     text = done.stdout + done.stderr
     assert done.returncode == 1, text
-    assert "2 failed, 3 passed, 1 skipped, 1 error" in text, text
-    assert "6 tests run in the nested lab, not on this machine: CELLVISOR_LAB=nested says so" in text
+    assert "2 failed, 4 passed, 1 skipped, 1 error" in text, text
+    assert "7 tests run in the nested lab, not on this machine: CELLVISOR_LAB=nested says so" in text
     for line in ("PASSED test_some.py::test_here", "PASSED test_some.py::test_there",
                  "FAILED test_some.py::test_fails - assert 2 == 3", "printed there", "not today",
                  "ERROR test_some.py::test_error - OSError: fixture is broken",
                  "FAILED test_some.py::test_kills_its_machine - L1-0 died under this test",
-                 "PASSED test_some.py::test_after_that"):
+                 "L1-0 hung under test_some.py::test_machine_hangs_once, which runs once more",
+                 "PASSED test_some.py::test_machine_hangs_once", "PASSED test_some.py::test_after_that"):
         assert line in text, text

@@ -96,7 +96,7 @@ def _values(verb: str, action: argparse.Action, before: list[str], given: list[s
         vms = () if given else _vms()
         return [*vms, *(_devices(given[0] if given else None) if "ID" in str(action.metavar) else ()),
                 *(("all",) if "all" in str(action.metavar) else ())]
-    if action.dest in ("disk", "device"):
+    if action.dest in ("disk", "net", "device"):
         return _devices(next((word for word in before if word in _vms()), None))
     if verb == "ops" and action.dest == "id":
         return [*_ask(named, lambda call: [one["id"] for one in call("ops")["operations"]]), *_devices(named)]

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from tests.native import netns
+from tests.native.cellvisor import runtime_dir
 from tests.native.conftest import Vm
 from tests.native.guest import GuestResult, needs_kvm
 from tests.native.hotplug import eventually
@@ -134,7 +138,9 @@ def test_link_goes_and_returns(vm: Vm) -> None:
     netns.make_tap()
     with steer(vm, "test=net-announce down=1", extra=["--net", f"{CARD},id=lan"]) as vmm:
         vmm.running.wait_for("ready=1")
-        assert vmm.client.call("set-link", id="lan", link="down") == {"id": "lan", "link": "down"}
+        command = [str(Path(sys.executable).with_name("cellvisor")), "set-link", "--net", "lan", "--link", "down"]
+        said = subprocess.check_output(command, env=dict(os.environ, XDG_RUNTIME_DIR=runtime_dir(vm.where)), text=True)
+        assert said == "vm0: the link of lan is down\n"
         vmm.running.wait_for("link=0")
         assert vmm.client.call("set-link", id="lan", link="up") == {"id": "lan", "link": "up"}
         assert vmm.running.finish().check().number("link") == 1

@@ -66,6 +66,7 @@ def vms(monkeypatch: pytest.MonkeyPatch) -> None:
     ("remove-device --host", ["--host-only"]),
     ("upgrade web ", ["_disk0", "all", "data"]),
     ("resize-disk web --disk ", ["_disk0", "data"]),
+    ("set-link web --net ", ["_disk0", "data"]),
     ("resize-disk web --disk=d", ["--disk=data"]),
     ("resize-disk web --disk = d", ["data"]),  # bash
     ("add-disk ", ["db", "web"]),

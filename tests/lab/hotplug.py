@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -92,13 +92,14 @@ def disk_in(guest: Linux, slot: int) -> str:
     return name
 
 
-def usual(folder: Path, tools: bool = False) -> Linux:
+def usual(folder: Path, tools: bool = False, args: Sequence[str] = ()) -> Linux:
     """Console, three disks and the rng: the next slot is 6, as in Cloud Hypervisor's usual VM.
 
     With `tools` the first disk has fio on it, and fio.install() is the caller's to do.
     """
     first = f"path={fio.make(folder / 'fio.img')},readonly=on" if tools else f"path={sparse(folder / 'disk0.raw')}"
-    return Linux("cloud", disks=[first, *(f"path={sparse(folder / f'disk{number}.raw')}" for number in (1, 2))])
+    more = [f"path={sparse(folder / f'disk{number}.raw')}" for number in (1, 2)]
+    return Linux("cloud", disks=[first, *more], args=args)
 
 
 class Shared:
@@ -107,14 +108,14 @@ class Shared:
         none --get()--> running --give_back()--> running, or none if it is not as it was
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, *args: str) -> None:
+        self._folder, self._args = folder, args
         self._running: tuple[Linux, Client] | None = None
 
     def get(self) -> tuple[Linux, Client]:
         """Return the guest and a connection to its VM."""
         if self._running is None:
-            guest = usual(self._folder, tools=True)
+            guest = usual(self._folder, tools=True, args=self._args)
             guest.__enter__()
             try:
                 fio.install(guest, "vda")

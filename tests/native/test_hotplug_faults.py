@@ -69,33 +69,6 @@ def test_two_clients_race_and_one_wins(start: Callable[..., Steered], text: str)
     assert len(vm.devices()) == 3
 
 
-@pytest.mark.parametrize(("text", "status", "message"), [
-    ("path=/nowhere/at/all", 400, "/nowhere/at/all"),
-    ("path={disk},id=_disk0", 409, "id=_disk0"),
-    ("path={disk},id=__x", 400, "id=__x"),
-    ("path={disk},pci_device_id=0", 400, "pci_device_id=0 is reserved"),
-    ("path={disk},pci_device_id=32", 400, "pci_device_id=32 is outside the range 0..32"),
-    ("path={disk},pci_device_id=2", 409, "Valid PCI device identifier but already used: 2"),
-    ("path={locked}", 400, "is in use by"),
-    ("path={odd}", 400, "odd.raw"),
-    ("path={disk},colour=red", 400, "colour"),
-    ("readonly=on", 400, "path"),
-])
-def test_bad_input_leaves_nothing_half_made(start: Callable[..., Steered], disk: Path, text: str, status: int,
-                                            message: str) -> None:
-    vm = start("removals=99", disks=[disk])
-    (vm.vm.where / "odd.raw").write_bytes(b"x" * 777)
-    before, devices = vm.footprint(), vm.devices()
-    text = text.format(disk=vm.disk, locked=disk, odd=vm.vm.where / "odd.raw")
-    with pytest.raises(CellvisorError) as refused:
-        vm.add(text)
-    assert refused.value.status == status
-    assert message in str(refused.value)
-    eventually(lambda: vm.footprint() == before, "everything to be released")
-    assert vm.devices() == devices
-    assert vm.add()["bdf"] == "0000:00:04.0"
-
-
 def test_unknown_devices_and_operations(start: Callable[..., Steered]) -> None:
     vm = start()
     with pytest.raises(NotFound, match="no device 'nope'"):

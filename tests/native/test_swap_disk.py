@@ -110,13 +110,13 @@ def worker_fds(vm: Steered) -> int:
 def test_killed_between_every_two_steps_of_a_swap(start: Callable[..., Steered], tmp_path: Path, victim: str) -> None:
     """Afterwards the disk has the one image or the other, the same as is recorded, and the other is free."""
     order = tmp_path / "order"
-    vm = start("removals=1 drive=0", program=[sys.executable, str(CRASH_RUN)], environ={"CRASH_ORDER": str(order)})
+    vm = start("removals=99 drive=0", program=[sys.executable, str(CRASH_RUN)], environ={"CRASH_ORDER": str(order)})
     vm.add(f"path={vm.disk},id=test0,restart_budget=1000")
     vm.done()
     images = [str(vm.disk), str(make_disk(tmp_path / "other.raw", 8 * MIB))]
     for number in range(20):
         order.write_text(f"before {number} {victim}")
-        now = recorded(vm)
+        now, pid = recorded(vm), vm.devices()["test0"]["pid"]
         with Client(vm.client.path, timeout=30) as client, suppress(CellvisorError):
             client.call("swap-disk", id="test0", path=images[1 - images.index(now)])
         if order.exists():
@@ -124,6 +124,8 @@ def test_killed_between_every_two_steps_of_a_swap(start: Callable[..., Steered],
             break
         if victim == "self":
             vm.reconnect()
+        else:
+            eventually(lambda pid=pid: vm.devices()["test0"]["pid"] not in (pid, 0, None), "the successor")
         eventually(lambda: agrees(vm, images), f"step {number}: one image, the recorded one")
     assert number >= 3, number
     assert recorded(vm) != now, "at last nobody was killed"

@@ -1,7 +1,7 @@
 """Where every request ends, however it came: each request id is answered once.
 
-While a request is being served and for a while after, the same request gets the same answer, and another one under
-that id is refused. Errors are values here, so that they can be given out again.
+While a request is being served and, if it changes something, for a while after, the same request gets the same answer
+and another one under that id is refused. Errors are values here, so that they can be given out again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from cellvisor.core import log
 from cellvisor.core.errors import CellvisorError, Conflict, Internal
-from cellvisor.core.wire.control import Request
+from cellvisor.core.wire.control import Request, repeats
 
 REMEMBERED = 1024
 
@@ -57,6 +57,8 @@ class Desk:
             return known[1]
         task = asyncio.get_running_loop().create_task(self._guarded(request))
         self._answers[request.id] = (request, task)
+        if repeats(request.verb, request.args):  # the answer may be big, and asking again does no harm
+            task.add_done_callback(lambda _: self._answers.pop(request.id, None))
         if len(self._answers) > REMEMBERED:
             for key, (_, old) in self._answers.items():
                 if old.done():

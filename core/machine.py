@@ -57,7 +57,7 @@ class Machine:
         self._table: RangeTable | None = None
         self.platform: Platform | None = None
         self._hotplug: Hotplug | None = None
-        self._vm: Vm | None = None
+        self.vm: Vm | None = None
         self.vcpus: list[Vcpu] = []
         self.resets = 0
         self.reason = ""  # why it crashed
@@ -187,7 +187,7 @@ class Machine:
             phys_bits=self.kvm.phys_bits,
             initramfs=Path(config.initramfs) if config.initramfs else None))
         self.ram.write(layout.ACPI_TABLES, tables)
-        vm = self._vm = Vm(self.kvm)
+        vm = self.vm = Vm(self.kvm)
         for gpa, size, offset in self.ram.ranges:
             vm.add_memory(gpa, size, self.ram.host + offset)
         with self.lock:
@@ -222,11 +222,11 @@ class Machine:
         self.vcpus = []
 
     def _drop_vm(self) -> None:
-        if self._vm is not None and self.platform is not None:
+        if self.vm is not None and self.platform is not None:
             with self.lock:
                 self.platform.bind(None)
-            self._vm.close()
-            self._vm = None
+            self.vm.close()
+            self.vm = None
 
     # ---- reset
 

@@ -117,6 +117,7 @@ class Verbs:
             "first_entry_ns": board.first_entry_ns if board else 0,
             "stages": [list(stage) for stage in machine.platform.stages()] if machine.platform else [],
             "serial": machine.serial_path(), "messages": dict(self._messages),
+            "memory_slots": machine.vm.memory_slots if machine.vm else 0,
         })
 
     def _devices(self, args: dict[str, Any], reply: Reply) -> None:

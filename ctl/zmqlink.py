@@ -11,7 +11,7 @@ import zmq
 
 from cellvisor.core.errors import CellvisorError, NotFound, TryAgain, UsageError, from_wire
 from cellvisor.core.wire import places
-from cellvisor.core.wire.control import VERBS, request
+from cellvisor.core.wire.control import repeats, request
 from cellvisor.core.wire.messages import MAX_MESSAGE, pack, unpack
 
 POLL_MS = 250  # how often a silent VM is checked for being alive
@@ -64,7 +64,7 @@ class ZmqLink:
                 if time.monotonic() > until or not self.is_alive():
                     raise self._no_answer(verb, pilot)
                 if self._pilot() != pilot:  # a request that it had taken died with it
-                    if _repeats(verb, args):
+                    if repeats(verb, args):
                         pilot = self._pilot()
                         self._socket.send(pack(request(key, verb, args)))
                     else:
@@ -125,9 +125,3 @@ class ZmqLink:
         """Disconnect."""
         self._socket.close()
         self._context.term()
-
-
-def _repeats(verb: str, args: dict[str, Any]) -> bool:
-    """Tell whether asking twice is as good as asking once."""
-    known = VERBS.get(verb)
-    return args.get("action") != "cancel" if verb == "ops" else known is not None and known.reads

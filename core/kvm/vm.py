@@ -75,6 +75,11 @@ class Vm:
         check(lib.cv_vm_set_region(self.fd, slot, flags, gpa, size, host), f"memory slot at {gpa:#x}+{size:#x}")
         self._slots[gpa] = slot
 
+    @property
+    def memory_slots(self) -> int:
+        """Return how many slots KVM has."""
+        return len(self._slots)
+
     def remove_memory(self, gpa: int) -> None:
         """Take the slot at `gpa` away."""
         slot = self._slots.pop(gpa)

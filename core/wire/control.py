@@ -221,6 +221,12 @@ def check_args(verb: Verb, args: object) -> dict[str, Any]:
     return {name: given.get(name, rule.get("default")) for name, rule in schema["keys"].items()}
 
 
+def repeats(name: str, args: Mapping[str, Any]) -> bool:
+    """Tell whether asking twice is as good as asking once."""
+    verb = VERBS.get(name)
+    return args.get("action") != "cancel" if name == "ops" else verb is not None and verb.reads
+
+
 def request_id(body: Mapping[str, Any]) -> str | None:
     """Return the id of a request that may be malformed, or None: an error reply then has no id."""
     key = body.get("id")

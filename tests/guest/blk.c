@@ -3,6 +3,9 @@
 
 void blk_open(struct blk *blk, unsigned which, unsigned queues)
 {
+    if (blk->which != which)
+        memset(blk, 0, sizeof *blk);
+    blk->which = which;
     bool again = blk->virtio.pci;
     require(again || virtio_find(&blk->virtio, VIRTIO_BLK, which), "no virtio-blk device %u", which);
     virtio_negotiate(&blk->virtio, BLK_F_ALL);

@@ -28,6 +28,7 @@
                    | BLK_F_DISCARD | BLK_F_WRITE_ZEROES | BLK_F_SEG_MAX)
 
 struct blk {
+    unsigned which;                                 /* of the disks, in the order of their slots */
     struct virtio virtio;
     uint64_t sectors;
     unsigned queues;

@@ -192,7 +192,7 @@ class Fleet:
     # ---- what core and the nursery report
 
     def on_core_event(self, name: str, properties: dict[str, Any]) -> None:
-        """Follow device.ready, .failed, .expelled, .poison and .reset-waits."""
+        """Follow device.ready, .failed, .expelled, .poison, .backend and .reset-waits."""
         one = self._latest.get(str(properties.get("device", "")))
         if one is None:
             return
@@ -211,6 +211,8 @@ class Fleet:
             one.reason = str(properties.get("reason", ""))[:1000]
         elif name == "device.poison":
             self._events.emit(name, **properties)
+        elif name == "device.backend":
+            self._events.emit(f"backend.{properties.pop('change')}", **properties)
 
     def _ready(self, one: Incarnation) -> None:
         self._reset_waits.discard(one.device.id)  # core has it finish that first

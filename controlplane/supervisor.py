@@ -296,7 +296,7 @@ class Supervisor:
 
     def on_core_event(self, name: str, properties: dict[str, Any]) -> None:
         """Take an event of core."""
-        if name in ("device.ready", "device.failed", "device.expelled", "device.poison", "device.reset-waits"):
+        if name.removeprefix("device.") in ("ready", "failed", "expelled", "poison", "backend", "reset-waits"):
             if self.fleet is not None:
                 self.fleet.on_core_event(name, properties)
             return

@@ -30,6 +30,7 @@ from cellvisor.core.wire.spec import Spec, spec_from_wire
 MAX_CONFIG = 4096
 MAX_DEPTH = 64  # of an answer, which travels on inside others
 MAX_POISON = 16  # reports of one incarnation that are passed on
+MAX_BACKEND = 1000
 HANG_SECONDS = 5.0
 IO_SECONDS = 30.0
 
@@ -67,7 +68,8 @@ class Home(Protocol):
 
     def told(self, link: Link, what: str, **more: Any) -> None:
         """The driver did `what`: "activated" or "reset" a device that was active. "reset-waits": somebody must start
-        a worker to finish it; "poison": the worker refused a request that killed its predecessors."""
+        a worker to finish it; "poison": the worker refused a request that killed its predecessors;
+        "backend": it lost or found what it stands on."""
 
     def offer(self, connection: Connection) -> None:
         """Answer a worker that waits for its descriptors."""
@@ -85,6 +87,7 @@ class Worker:
     pidfd: int = -1
     expelled: bool = False
     poisoned: int = 0
+    backends: int = 0
     config: bytes = b""  # as it said HELLO
     calls: dict[int, Callable[[Any, CellvisorError | None], None]] = field(default_factory=dict)
 
@@ -131,6 +134,7 @@ class Link:
             ToCore.PAUSED: lambda body: self.home.answered(self, "paused"), ToCore.CONFIG: self._config,
             ToCore.NEEDS_RESET: self._needs_reset, ToCore.FAILED: self._failed,
             ToCore.COUNTERS: self._counters, ToCore.REPLY: self._reply, ToCore.POISON: self._poison,
+            ToCore.BACKEND: self._backend,
         }
 
     # ---- the worker of the day
@@ -345,6 +349,13 @@ class Link:
         worker.poisoned += 1
         if worker.poisoned <= MAX_POISON and type(queue) is int:
             self.home.told(self, "poison", generation=worker.generation, queue=queue,
+                           text=plain(body.get("text", ""), 200))
+
+    def _backend(self, body: dict[str, Any]) -> None:
+        worker = self._require(WorkerState.SERVING)
+        worker.backends += 1
+        if worker.backends <= MAX_BACKEND and body.get("change") in ("lost", "found"):
+            self.home.told(self, "backend", generation=worker.generation, change=body["change"],
                            text=plain(body.get("text", ""), 200))
 
     def _counters(self, body: dict[str, Any]) -> None:

@@ -366,7 +366,7 @@ class Machine:
             self._barrier.gone(link.device)
 
     def told(self, link: Link, what: str, **more: Any) -> None:
-        """The driver did `what`: "activated", "reset"; or "reset-waits", "poison": see CoreVerb."""
+        """The driver did `what`: "activated", "reset"; or "reset-waits", "poison", "backend": see CoreVerb."""
         self._server.event(f"device.{what}", device=link.device, **more)
 
     def offer(self, connection: Connection) -> None:

@@ -68,6 +68,9 @@ class Host(Protocol):
     def load(self) -> tuple[int, bytes]:
         """Return (version, data) as last saved, by whichever incarnation; (0, b"") if nothing was."""
 
+    def backend(self, change: str, text: str) -> None:
+        """Report that the back end was "lost" or "found" again, while the device serves."""
+
     def log(self, text: str) -> None:
         """Write a warning to the VM's log, named after the device."""
 

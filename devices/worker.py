@@ -356,6 +356,10 @@ class Worker:
     def load(self) -> tuple[int, bytes]:
         return self._state.load_private() if self._state is not None else (0, b"")
 
+    def backend(self, change: str, text: str) -> None:
+        self._log.warning("%s", text)
+        self._send(ToCore.BACKEND, change=change, text=text)
+
     def log(self, text: str) -> None:
         self._log.warning("%s", text)
 

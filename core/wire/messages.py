@@ -16,6 +16,7 @@ Worker <-> core (ZeroMQ, worker DEALER, core ROUTER; identity `<device>/<generat
       | NEEDS_RESET {reason}   --->  |   the guest broke a rule
       | FAILED {reason, refused} --> |   cannot serve (refused: open failed, lock held by ...; else a mistake)
       | POISON {queue, text}   --->  |   a request that killed its worker thrice was refused
+      | BACKEND {change, text} --->  |   what it stands on was "lost" or "found" again
       | COUNTERS {values}      --->  |
       | <--- CALL {id, verb, args}   REPLY {id, ok|error} --->   e.g. resize a disk or a console
       | <--- END {}                  |   release and exit 0
@@ -49,6 +50,7 @@ class ToCore(StrEnum):
     NEEDS_RESET = "needs-reset"
     FAILED = "failed"
     POISON = "poison"
+    BACKEND = "backend"
     COUNTERS = "counters"
     REPLY = "reply"
 
@@ -70,9 +72,9 @@ class CoreVerb(StrEnum):
 
     CONFIGURE, then ATTACH for each device before its worker is forked, "device.ready" for all, BOOT. Events come
     without an id as {"event", "properties"}: device.ready, device.failed {device, generation, reason, refused},
-    device.expelled {reason} (core kills a worker that lies or hangs), device.poison {queue, text}, device.reset-waits
-    {device} (nobody is there to finish a reset), vm.booting, booted, paused, resumed, rebooting, rebooted, shutdown
-    (the guest powered off), crashed {reason}.
+    device.expelled {reason} (core kills a worker that lies or hangs), device.poison {queue, text},
+    device.backend {change: lost|found, text}, device.reset-waits {device} (nobody is there to finish a reset),
+    vm.booting, booted, paused, resumed, rebooting, rebooted, shutdown (the guest powered off), crashed {reason}.
     PLUG {device} shows an attached device to a running guest, UNPLUG {device, force?, cancel?} has the guest give it
     back, DETACH {device} forgets one that is in no slot. Events: slot.enumerated {device, slot, how: ost|driver|reset},
     slot.bound, slot.ost {event, status}, slot.ejected {how: guest|reset|force}, slot.freed, eject.unexpected.

@@ -9,8 +9,9 @@ import errno
 import fcntl
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import Any, ClassVar
 
 from cellvisor.core.abi import tap as abi
 from cellvisor.core.errors import Conflict, UsageError
@@ -24,6 +25,8 @@ MAX_VIEWS = os.sysconf("SC_IOV_MAX")
 
 class Tap:
     """An open queue; owns `fd`. Every failure of I/O is an OSError."""
+
+    offloads: ClassVar[bool] = True  # it takes unfinished frames
 
     def __init__(self, fd: int, given: str) -> None:
         """Take over `fd`. Raises UsageError, with `given` as the key and value to blame, if it is no tap's."""
@@ -98,6 +101,10 @@ class Tap:
             for _ in range(_MOST):
                 if not self.read([scratch]):
                     break
+
+    def lost(self, host: Any, found: Callable[[], None]) -> None:
+        """Its interface was deleted: nothing more will come."""
+        host.log(f"tap {self.name} is gone")
 
     def close(self) -> None:
         """Let go of the queue."""

@@ -8,8 +8,15 @@ from typing import Any
 
 from cellvisor.core.abi import net, tap
 from cellvisor.core.errors import UsageError
+from cellvisor.devices.backends.passt import is_wanted, open_passt
 from cellvisor.devices.backends.tap import Tap, is_gone, open_queues, parse_mac
 
+CSUM = net.F_CSUM | net.F_GUEST_CSUM
+TSO = (net.F_HOST_TSO4 | net.F_HOST_TSO6 | net.F_HOST_ECN | net.F_GUEST_TSO4 | net.F_GUEST_TSO6 | net.F_GUEST_ECN)
+UFO = net.F_HOST_UFO | net.F_GUEST_UFO
+LARGE = net.F_GUEST_TSO4 | net.F_GUEST_TSO6 | net.F_GUEST_UFO
+CONTROL = (net.F_CTRL_VQ | net.F_CTRL_RX | net.F_CTRL_RX_EXTRA | net.F_CTRL_VLAN | net.F_CTRL_MAC_ADDR
+           | net.F_GUEST_ANNOUNCE)
 _CARD = struct.Struct("<6sB")  # address, link down
 
 # What a driver takes -> what the tap may give it then
@@ -50,8 +57,20 @@ class Card:
         os.close(self._fd)
 
 
+def offered(options: Any, taps: list[Tap]) -> int:
+    """Return the features of a card on these taps."""
+    features = net.F_MAC | net.F_MTU | net.F_STATUS | net.F_MRG_RXBUF | CONTROL
+    if len(taps) > 1:
+        features |= net.F_MQ
+    if options.offload_csum and taps[0].offloads:  # the others rest on it (5.1.3.1)
+        features |= CSUM | (TSO if options.offload_tso else 0) | (UFO if options.offload_ufo else 0)
+    return features
+
+
 def open_taps(options: Any, host: Any) -> list[Tap]:
     """Return the queues of a card's tap. Raises UsageError or Conflict naming key and value; nothing is left then."""
+    if is_wanted(options):
+        return [open_passt(options, host)]
     count = options.num_queues // 2
     what, name = (f"fd={options.fd}", "fd") if options.fd else (f"tap={options.tap or 'vmtap'}", "tap")
     stored = [fd for index in range(count) if (fd := host.take(f"{name}{index}")) is not None]

@@ -20,19 +20,13 @@ from cellvisor.core.errors import RingError, UsageError
 from cellvisor.devices.backends.limiter import KEYS, LimitedOptions, Waits, limiter_of
 from cellvisor.devices.backends.netfilter import HEAD, MAX_STATE, Orders
 from cellvisor.devices.backends.tap import MAX_VIEWS, Tap
-from cellvisor.devices.backends.tapcard import Card, offloads, open_taps
+from cellvisor.devices.backends.tapcard import LARGE, Card, offered, offloads, open_taps
 from cellvisor.devices.device import Chain, DeviceBase, Host, Queue, Spec, option
 
 ETHERNET = 18       # bytes of a frame's header with one VLAN tag
 MAX_FRAME = net.HEADER.size + ETHERNET + 65535  # the biggest that a tap gives: one to be segmented
 BATCH = 128         # frames of one queue in one turn
 MAX_COMMAND = 2 + 2 * (4 + 6 * 2048)  # bytes of a control command: both address tables
-CSUM = net.F_CSUM | net.F_GUEST_CSUM
-TSO = (net.F_HOST_TSO4 | net.F_HOST_TSO6 | net.F_HOST_ECN | net.F_GUEST_TSO4 | net.F_GUEST_TSO6 | net.F_GUEST_ECN)
-UFO = net.F_HOST_UFO | net.F_GUEST_UFO
-LARGE = net.F_GUEST_TSO4 | net.F_GUEST_TSO6 | net.F_GUEST_UFO
-CONTROL = (net.F_CTRL_VQ | net.F_CTRL_RX | net.F_CTRL_RX_EXTRA | net.F_CTRL_VLAN | net.F_CTRL_MAC_ADDR
-           | net.F_GUEST_ANNOUNCE)
 ONE_BUFFER = struct.pack("<H", 1)
 
 
@@ -55,14 +49,14 @@ class Net(DeviceBase):
     """One network card."""
 
     verb: ClassVar[str] = "net"
-    help: ClassVar[str] = "network card on a tap"
+    help: ClassVar[str] = "network card on a tap, or on passt without privileges"
     COUNTERS: ClassVar[tuple[str, ...]] = ("rx_bytes", "rx_frames", "tx_bytes", "tx_frames", "rx_dropped",
                                            "tx_dropped", "rx_filtered", "throttled")
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Options(LimitedOptions):
-        tap: str | None = option(None, help="host interface, made if it is not there; default: a new vmtapN",
-                                 length=MAX_NAME)
+        tap: str | None = option(None, length=MAX_NAME, help="host interface, made if it is not there; default: passt, "
+                                 "or a new vmtapN if there is ip or host_mac")
         ip: str | None = option(None, help="the host's address on it, with mask")
         mask: str | None = option(None, help="its network mask")
         mac: str | None = option(None, help="the guest's MAC address, default: a random one")
@@ -97,11 +91,7 @@ class Net(DeviceBase):
     @property
     def spec(self) -> Spec:
         options = self.options
-        features = net.F_MAC | net.F_MTU | net.F_STATUS | net.F_MRG_RXBUF | CONTROL
-        if len(self.pairs) > 1:
-            features |= net.F_MQ
-        if options.offload_csum:  # the others rest on it (5.1.3.1)
-            features |= CSUM | (TSO if options.offload_tso else 0) | (UFO if options.offload_ufo else 0)
+        features = offered(options, [pair.tap for pair in self.pairs])
         return Spec(virtio_id=ID_NET, pci_class=0x020000, features=features, config=self._config(),
                     queues=(options.queue_size,) * options.num_queues + (64,), private_size=MAX_STATE,
                     title=f"virtio-net on {self.pairs[0].tap.name}, {self._card.mac.hex(':')}",
@@ -333,11 +323,19 @@ class Net(DeviceBase):
             self._send(pair, send)
             send.publish()
         if events & (select.EPOLLERR | select.EPOLLHUP) and not self._down:  # it was deleted
-            self.host.log(f"tap {pair.tap.name} is gone")
             self._down = True
+            pair.tap.lost(self.host, self._found)
             self._show()
             self._watch_all()
         self._watch(pair)
+
+    def _found(self) -> None:
+        """What was lost is there again."""
+        self._down = self._card.is_down
+        for pair in self.pairs:
+            pair.watched = 0  # another one has its number
+        self._show()
+        self._watch_all()
 
     # ---- the control queue
 

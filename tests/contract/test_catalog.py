@@ -37,7 +37,7 @@ def _disk(tmp_path: Path) -> dict[str, Any]:
 def _tap() -> dict[str, Any]:
     if os.geteuid() or not os.access("/dev/net/tun", os.R_OK | os.W_OK):
         pytest.skip("a tap of its own needs root and /dev/net/tun")
-    return {"num_queues": 4}
+    return {"num_queues": 4, "host_mac": "02:00:00:00:00:01"}
 
 
 OPTIONS: dict[str, Callable[[Path], dict[str, Any]]] = {

@@ -67,6 +67,9 @@ class FakeHost:
     def load(self) -> tuple[int, bytes]:
         return self.saved
 
+    def backend(self, change: str, text: str) -> None:
+        self.logged.append(f"backend {change}: {text}")
+
     def log(self, text: str) -> None:
         self.logged.append(text)
 

@@ -63,6 +63,7 @@ def flood(liar: Liar) -> None:
     kinds = [pack({"k": kind, **body}) for kind, body in (
         (ToCore.CONFIG, {"data": bytes(8)}), (ToCore.NEEDS_RESET, {"reason": "x" * 3000}),
         (ToCore.COUNTERS, {"values": {str(i): i for i in range(64)}}), (ToCore.POISON, {"queue": 0, "text": "x"}),
+        (ToCore.BACKEND, {"change": "lost", "text": "x"}),
         (ToCore.REPLY, {"id": 1, "ok": None}), (ToCore.PAUSED, {}), (ToCore.RESET_DONE, {"epoch": 1}))]
     liar.sock.setsockopt(zmq.SNDHWM, 1000)
     tell("flooding")

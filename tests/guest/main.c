@@ -11,7 +11,7 @@ static const struct test {
     {"blk-write", test_blk_write}, {"blk-verify", test_blk_verify}, {"blk-bench", test_blk_bench},
     {"net-info", test_net_info}, {"net-echo", test_net_echo}, {"net-receive", test_net_receive},
     {"net-control", test_net_control}, {"net-announce", test_net_announce}, {"net-send", test_net_send},
-    {"net-bench", test_net_bench}, {"net-hostile", test_net_hostile},
+    {"net-bench", test_net_bench}, {"net-hostile", test_net_hostile}, {"net-udp", test_net_udp},
     {"rng", test_rng}, {"console", test_console}, {"script", test_script}, {"hotplug", test_hotplug},
     {"race", test_race}, {"resubmit", test_resubmit}, {"toggle", test_toggle}, {"notify", test_notify},
     {"flood", test_flood}, {"hostile", test_hostile}, {"sweep", test_sweep}, {"cfgsweep", test_cfgsweep}, {"portsweep", test_portsweep},

@@ -25,6 +25,7 @@ void test_net_announce(void);
 void test_net_send(void);
 void test_net_bench(void);
 void test_net_hostile(void);
+void test_net_udp(void);
 
 void test_hostile(void);
 void test_race(void);

@@ -13,6 +13,7 @@ import pytest
 
 from cellvisor.core.abi import net, tap
 from cellvisor.core.errors import RingError, UsageError
+from cellvisor.devices.backends import tapcard
 from cellvisor.devices.virtio import net as module
 from cellvisor.devices.virtio.net import Net
 from tests.fakes.host import Rig
@@ -185,9 +186,9 @@ def test_a_paused_card_does_nothing(make: Any) -> None:
 def test_offloads_follow_the_features(make: Any) -> None:
     card = make(net.F_GUEST_CSUM | net.F_GUEST_TSO4 | net.F_HOST_TSO4)
     assert card.taps[0].flags == tap.TUN_F_CSUM | tap.TUN_F_TSO4
-    assert not make(None, offload_csum=False).spec.features & (module.CSUM | module.TSO | module.UFO)
+    assert not make(None, offload_csum=False).spec.features & (tapcard.CSUM | tapcard.TSO | tapcard.UFO)
     some = make(None, offload_tso=False, offload_ufo=False).spec.features
-    assert (some & module.CSUM, some & (module.TSO | module.UFO)) == (module.CSUM, 0)
+    assert (some & tapcard.CSUM, some & (tapcard.TSO | tapcard.UFO)) == (tapcard.CSUM, 0)
 
 
 def test_the_filter_obeys_the_control_queue(make: Any) -> None:

@@ -1,0 +1,187 @@
+"""A network card for people who may make no tap: frames to and from `passt`, which speaks for the guest in user mode.
+
+passt is a daemon that the card's process starts. It outlives that process, for our end of its socket is in core's
+store, and ends with the last copy of that end. When it dies another one is started; only its connections are lost.
+On the socket each frame has its length before it (32 bits, big-endian). A frame is taken or given in one system call
+or not at all, so whoever dies leaves the stream between two frames.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import select
+import socket
+import struct
+import termios
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cellvisor.core.errors import CellvisorError, UsageError
+from cellvisor.devices.backends.tap import HEADER_SIZE, Tap
+
+NAME = "passt"
+MTU = 65520         # what passt itself tells guests
+SHORTEST, LONGEST = 14, 65535
+MOST = 4096         # frames that are thrown away at once
+START_SECONDS = 3.0
+BACKOFF = (0.0, 0.1, 0.5, 2.0)  # before each start that follows a failed one or an early end; the last one again
+LENGTH = struct.Struct("!I")
+_INT = struct.Struct("i")
+
+
+class Passt(Tap):
+    """A passt process in a tap's place; owns `fd`. epoll tells of its end, or of a stream that makes no sense."""
+
+    offloads = False
+
+    def __init__(self, fd: int, mtu: int | None = None) -> None:
+        self.fd, self.name, self.takes_several, self._mtu = fd, NAME, False, mtu
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=fd)
+        self._socket.setblocking(False)
+        self._room = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+        self._frame = bytearray(HEADER_SIZE + LONGEST)  # its first bytes stay 0: the guest's header
+        self._starts, self._starting = 0, False
+
+    @property
+    def mtu(self) -> int:
+        return self._mtu or MTU
+
+    def offload(self, flags: int) -> None:
+        pass
+
+    def carrier(self, there: bool) -> None:
+        pass
+
+    def read(self, views: Sequence[memoryview]) -> int:
+        """Read a frame behind a header of zeros; returns 0 if none is there as a whole."""
+        waiting = self._count(termios.FIONREAD)
+        if waiting < LENGTH.size:
+            return 0
+        (size,) = LENGTH.unpack(self._socket.recv(LENGTH.size, socket.MSG_PEEK))
+        if waiting < LENGTH.size + size and size <= LONGEST:
+            return 0
+        at = HEADER_SIZE - LENGTH.size
+        taken = self._socket.recv_into(memoryview(self._frame)[at:HEADER_SIZE + size])
+        if taken != LENGTH.size + size or size < SHORTEST:
+            self._hang_up()  # it speaks of no frame
+            return 0
+        self._frame[at:HEADER_SIZE] = bytes(LENGTH.size)
+        left = memoryview(self._frame)[:HEADER_SIZE + size]
+        for view in views:
+            part = min(len(view), len(left))
+            view[:part] = left[:part]
+            left = left[part:]
+        return HEADER_SIZE + int(size) - len(left)
+
+    def write(self, views: Sequence[memoryview]) -> bool:
+        """Write a frame without its header; False if there is no room now."""
+        frame = b"".join(views)[HEADER_SIZE:]
+        if not SHORTEST <= len(frame) <= LONGEST:
+            raise OSError(errno.EMSGSIZE, f"a frame of {len(frame)} bytes")
+        if 4 * self._count(termios.TIOCOUTQ) > self._room:  # when epoll tells of room, it is for the largest frame
+            return False
+        message = LENGTH.pack(len(frame)) + frame  # of our own memory: no page of the guest can be missing half-way
+        if self._socket.send(message) != len(message):
+            self._hang_up()
+        return True
+
+    def empty(self, scratch: memoryview) -> None:
+        with contextlib.suppress(OSError):  # whoever watches it notices
+            for _ in range(MOST):
+                if not self.read([scratch]):
+                    break
+
+    def lost(self, host: Any, found: Callable[[], None]) -> None:
+        """It has ended: start another one, now or later, then call `found`."""
+        if not self._starting:
+            self._starting = True
+            host.backend("lost", f"{NAME} has ended")
+            self._hang_up()
+            self._again(host, found)
+
+    def _again(self, host: Any, found: Callable[[], None]) -> None:
+        def attempt() -> None:
+            try:
+                fresh = start(self._mtu)
+            except CellvisorError as error:
+                host.log(str(error))
+                self._again(host, found)
+                return
+            host.unwatch(self.fd)  # epoll knows the old one by its number
+            with fresh:
+                fresh.setblocking(False)
+                os.dup2(fresh.fileno(), self.fd, inheritable=False)
+            host.deposit(NAME, self.fd)
+            host.backend("found", f"another {NAME} was started")
+            self._starting = False
+            found()
+
+        delay = BACKOFF[min(self._starts, len(BACKOFF) - 1)]
+        self._starts += 1
+        host.after(delay, attempt)
+
+    def _count(self, request: int) -> int:
+        found: int = _INT.unpack(fcntl.ioctl(self.fd, request, bytes(_INT.size)))[0]
+        return found
+
+    def _hang_up(self) -> None:
+        with contextlib.suppress(OSError):  # it was first
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def is_wanted(options: Any) -> bool:
+    """Say whether these options leave the host's end to us: nothing that only a tap has."""
+    return options.fd is None and all(getattr(options, key) is None for key in ("tap", "ip", "mask", "host_mac"))
+
+
+def open_passt(options: Any, host: Any) -> Passt:
+    """Return the passt of a card, from the store or a new one. Raises UsageError."""
+    if options.num_queues != 2:
+        raise UsageError(f"num_queues={options.num_queues} without tap or fd: {NAME} has one pair",
+                         hint="name a tap, or leave num_queues out")
+    stored = host.take(NAME)
+    if stored is not None:
+        if not has_ended(stored):
+            return Passt(stored, options.mtu)
+        os.close(stored)
+    fresh = start(options.mtu)
+    host.deposit(NAME, fresh.fileno())
+    return Passt(fresh.detach(), options.mtu)
+
+
+def has_ended(fd: int) -> bool:
+    """Say that the process at the other end is gone."""
+    watch = select.poll()
+    watch.register(fd, select.POLLRDHUP)
+    return bool(watch.poll(0))
+
+
+def start(mtu: int | None) -> socket.socket:
+    """Start passt and return our end of its socket. Raises UsageError with what it says."""
+    import shutil  # not for who inherits one
+    import subprocess
+
+    program = shutil.which(NAME)
+    if program is None:
+        raise UsageError(f"no tap or fd is given, and {NAME} is not installed",
+                         hint=f"apt install {NAME}, or name a tap: tap=NAME")
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    command = [program, "--quiet", "--fd", str(theirs.fileno()), *(["--mtu", str(mtu)] if mtu else [])]
+    with theirs:
+        try:  # it goes to the background when it is ready
+            done = subprocess.run(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+                                  stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=START_SECONDS, check=False)
+            said = [line for line in done.stderr.decode(errors="replace").splitlines() if "syslog" not in line]
+            if done.returncode == 0:
+                return ours
+            why = said[-1] if said else f"exit status {done.returncode}"
+        except (OSError, subprocess.TimeoutExpired) as error:
+            why = str(error)
+    ours.close()
+    raise UsageError(f"{NAME} does not start: {why[:200]}", hint=f"{program} --foreground says more")

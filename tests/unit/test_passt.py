@@ -1,0 +1,148 @@
+"""The stream of frames to and from passt, and what happens when it ends. The test is passt."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from cellvisor.core.errors import UsageError
+from cellvisor.core.wire.options import build
+from cellvisor.devices.backends import passt
+from cellvisor.devices.backends.passt import LENGTH, LONGEST, Passt
+from cellvisor.devices.virtio.net import Net
+from tests.fakes.host import FakeHost
+
+HEADER = bytes(12)
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[Passt, socket.socket]]:
+    """Our end and passt's."""
+    ours, theirs = socket.socketpair()
+    one = Passt(ours.detach())
+    theirs.settimeout(10)
+    yield one, theirs
+    one.close()
+    theirs.close()
+
+
+def message(frame: bytes) -> bytes:
+    return LENGTH.pack(len(frame)) + frame
+
+
+def read(one: Passt, *sizes: int) -> bytes:
+    """Read a frame into views of these sizes, the last of them large."""
+    views = [memoryview(bytearray(size)) for size in (*sizes, 1 << 17)]
+    size = one.read(views)
+    return b"".join(views)[:size]
+
+
+def test_frames_come_whole_or_not_at_all(ends: tuple[Passt, socket.socket]) -> None:
+    one, theirs = ends
+    frames = [bytes([number]) * size for number, size in enumerate((14, 60, 1514, LONGEST), 1)]
+    stream = b"".join(map(message, frames))
+    seen = []
+    for piece in (stream[:3], stream[3:10], stream[10:18], stream[18:90], stream[90:1700], stream[1700:]):
+        theirs.sendall(piece)
+        while data := read(one, 5, 9, 100):
+            seen.append(data)
+    assert seen == [HEADER + frame for frame in frames]
+
+
+@pytest.mark.parametrize("size", [0, 13, LONGEST + 1, 0xFFFFFFFF])
+def test_a_length_that_makes_no_sense_ends_the_connection(ends: tuple[Passt, socket.socket], size: int) -> None:
+    one, theirs = ends
+    theirs.sendall(LENGTH.pack(size) + bytes(100_000))
+    assert read(one) == b""
+    assert passt.has_ended(one.fd)
+    assert theirs.recv(1) == b""
+
+
+def test_frames_go_whole_or_not_at_all(ends: tuple[Passt, socket.socket]) -> None:
+    one, theirs = ends
+    frames = [bytes([number]) * (14 + 7919 * number % (LONGEST - 13)) for number in range(60)]
+    stream, got, refused = b"".join(map(message, frames)), bytearray(), 0
+    for frame in frames:
+        while not one.write([memoryview(HEADER), memoryview(frame)]):
+            refused += 1
+            got += theirs.recv(1 << 20)
+    while len(got) < len(stream):
+        got += theirs.recv(1 << 20)
+    assert bytes(got) == stream
+    assert refused
+
+
+@pytest.mark.parametrize("size", [0, 13, LONGEST + 1])
+def test_what_is_no_frame_is_refused_and_harms_nothing(ends: tuple[Passt, socket.socket], size: int) -> None:
+    one, theirs = ends
+    with pytest.raises(OSError, match=f"a frame of {size} bytes"):
+        one.write([memoryview(HEADER + bytes(size))])
+    assert one.write([memoryview(HEADER + bytes(60))])
+    assert theirs.recv(1000) == message(bytes(60))
+
+
+def test_emptied_it_goes_on_with_the_next_frame(ends: tuple[Passt, socket.socket]) -> None:
+    one, theirs = ends
+    theirs.sendall(message(bytes(60)) * 20)
+    one.empty(memoryview(bytearray(1 << 17)))
+    theirs.sendall(message(b"x" * 60))
+    assert read(one) == HEADER + b"x" * 60
+
+
+def test_another_one_follows_after_ever_longer_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    host, started = FakeHost(), list[socket.socket]()
+    monkeypatch.setattr(passt, "BACKOFF", (0.0, 0.01))
+
+    def start(mtu: int | None) -> socket.socket:
+        ours, theirs = socket.socketpair()
+        started.append(theirs)
+        if len(started) in (2, 3):
+            ours.close()
+            raise UsageError("passt does not start: no reason")
+        return ours
+
+    monkeypatch.setattr(passt, "start", start)
+    one = passt.open_passt(build(Net.Options, {"mtu": 1400}), host)
+    assert one.mtu == 1400
+    started[0].close()
+    assert passt.has_ended(one.fd)
+    found: list[bool] = []
+    number, end = one.fd, time.monotonic() + 60
+    for _ in range(2):  # told twice, it starts one
+        one.lost(host, lambda: found.append(True))
+    while not found and time.monotonic() < end:
+        host.reactor.turn(0.1)
+    assert host.logged == ["backend lost: passt has ended", *["passt does not start: no reason"] * 2,
+                           "backend found: another passt was started"]
+    assert one.fd == number
+    assert not os.get_blocking(number)
+    assert one.write([memoryview(HEADER + bytes(60))])
+    assert started[3].recv(1000) == message(bytes(60))
+    successor = passt.open_passt(build(Net.Options, {}), host)
+    assert len(started) == 4, "it takes over the one that is there"
+    started[3].sendall(message(b"x" * 60))
+    assert read(successor) == HEADER + b"x" * 60
+    for thing in (one, successor):
+        thing.close()
+    os.close(host.store["passt"])
+    assert passt.has_ended(started[3].fileno()), "it ends with the last copy of our end"
+    for thing in started:
+        thing.close()
+    host.reactor.close()
+
+
+@pytest.mark.parametrize(("options", "wanted"), [
+    ({}, True), ({"mac": "52:54:00:00:00:01", "mtu": 1500}, True), ({"tap": "tap0"}, False), ({"fd": [7]}, False),
+    ({"ip": "10.0.0.1", "mask": "255.0.0.0"}, False), ({"host_mac": "52:54:00:00:00:01"}, False)])
+def test_it_is_for_cards_without_a_word_about_the_host(options: dict[str, Any], wanted: bool) -> None:
+    assert passt.is_wanted(build(Net.Options, options)) == wanted
+
+
+def test_it_has_one_pair_of_queues() -> None:
+    with pytest.raises(UsageError, match="num_queues=4 without tap or fd: passt has one pair"):
+        passt.open_passt(build(Net.Options, {"num_queues": 4}), FakeHost())

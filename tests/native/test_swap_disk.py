@@ -115,8 +115,8 @@ def test_killed_between_every_two_steps_of_a_swap(start: Callable[..., Steered],
     vm.done()
     images = [str(vm.disk), str(make_disk(tmp_path / "other.raw", 8 * MIB))]
     for number in range(20):
-        order.write_text(f"before {number} {victim}")
         now, pid = recorded(vm), vm.devices()["test0"]["pid"]
+        order.write_text(f"before {number} {victim}")
         with Client(vm.client.path, timeout=30) as client, suppress(CellvisorError):
             client.call("swap-disk", id="test0", path=images[1 - images.index(now)])
         if order.exists():

@@ -42,7 +42,7 @@ class Api:
         self._publishers: list[zmq.Socket[bytes]] = []
         if flags is not None and flags.api is not None:
             try:
-                self._open_remote(flags.api)
+                self._open_remote(flags.api, rundir)
             except CellvisorError as error:
                 if rundir.generation == 1:
                     raise
@@ -70,14 +70,14 @@ class Api:
         door.setsockopt(zmq.ROUTER_MANDATORY, 1)
         return door, publisher
 
-    def _open_remote(self, text: str) -> None:
+    def _open_remote(self, text: str, rundir: RunDir) -> None:
         from cellvisor.controlplane.remote import Gate  # for those who ask for it
 
         gate = self._gate = Gate(self._context, text)
         door, publisher = self._sockets()
         try:
-            gate.bind(door, gate.remote.port)
-            gate.bind(publisher, gate.remote.events)
+            gate.bind(door, gate.remote.port, rundir.file(places.TCP))
+            gate.bind(publisher, gate.remote.events, rundir.file(places.TCP_EVENTS))
         except UsageError:
             door.close()
             self._publishers.pop().close()

@@ -1,7 +1,10 @@
 """The API for other machines: `--api tcp://ADDR:PORT`, with CURVE and an allow-list or not at all.
 
-Whoever connects proves to own a key; libzmq asks the gate (ZAP, rfc.zeromq.org/spec/27) whether the allow-list has
-it. The list is read again when it has changed: who is struck off it cannot connect again.
+    client --TCP--> Front: at most MAX_CLIENTS, bytes both ways --Unix socket--> libzmq: CURVE --ZAP--> Gate: allowed?
+
+libzmq accepts without end, and out of descriptors it aborts the process: so no stranger reaches its listener. Whoever
+connects proves to own a key, and the gate (rfc.zeromq.org/spec/27) looks whether the allow-list has it. The list is
+read again when it has changed: who is struck off it cannot connect again.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import asyncio
 import contextlib
 import ipaddress
 import os
+import socket
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +28,8 @@ from cellvisor.core.wire.options import build, describe, option, parse_kv
 
 ZAP = "inproc://zeromq.zap.01"
 DOMAIN = b"cellvisor"
+MAX_CLIENTS = 64     # connections at each of the two ports
+CHUNK = 1 << 16
 HANDSHAKE_MS = 5000  # until a connection must have proved its key
 IDLE_MS = 15000      # a peer that is silent for so long is pinged, and dropped when it stays so
 
@@ -98,23 +104,23 @@ class Gate:
         self._seen: tuple[int, ...] = ()
         self._zap = context.socket(zmq.REP)
         self._zap.bind(ZAP)
+        self._fronts: list[Front] = []
         self._asked = asyncio.get_running_loop().create_task(self._serve())
 
-    def bind(self, socket: zmq.Socket[Any], port: int) -> None:
-        """Have a socket listen for who is allowed. Raises UsageError."""
+    def bind(self, door: zmq.Socket[Any], port: int, path: str) -> None:
+        """Have a socket serve who is allowed, at `port` by way of `path`. Raises UsageError."""
         for option_, value in (
                 (zmq.CURVE_SERVER, 1), (zmq.CURVE_SECRETKEY, self._pair.secret.encode()), (zmq.ZAP_DOMAIN, DOMAIN),
                 (zmq.ZAP_ENFORCE_DOMAIN, 1), (zmq.HANDSHAKE_IVL, HANDSHAKE_MS), (zmq.HEARTBEAT_IVL, IDLE_MS),
-                (zmq.HEARTBEAT_TIMEOUT, IDLE_MS), (zmq.IPV6, int(self.remote.host.startswith("[")))):
-            socket.setsockopt(option_, value)
-        try:
-            socket.bind(f"tcp://{self.remote.host}:{port}")
-        except zmq.ZMQError as error:
-            raise UsageError(f"--api tcp://{self.remote.host}:{port}: {error.strerror}",
-                             hint="choose another address or port") from None
+                (zmq.HEARTBEAT_TIMEOUT, IDLE_MS)):
+            door.setsockopt(option_, value)
+        door.bind(f"ipc://{path}")
+        self._fronts.append(Front(self.remote.host, port, path))
 
     async def close(self) -> None:
         """Let nobody in any more."""
+        for front in self._fronts:
+            await front.close()
         self._asked.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._asked
@@ -126,13 +132,12 @@ class Gate:
             if len(frames) < 6:  # not libzmq
                 await self._zap.send_multipart([b"1.0", b"", b"500", b"", b"", b""])
                 continue
-            _, key, domain, address, _, mechanism = frames[:6]
+            _, key, domain, _, _, mechanism = frames[:6]
             name = self._known(frames[6]) if (mechanism, domain, len(frames)) == (b"CURVE", DOMAIN, 7) else None
             if name is None:
-                log.get("api").warning("refused a client at %s: its key is not in %s",
-                                       address.decode(errors="replace"), self.remote.allow)
+                log.get("api").warning("refused a client: its key is not in %s", self.remote.allow)
             else:
-                log.get("api").info("%s connected from %s", name, address.decode(errors="replace"))
+                log.get("api").info("%s connected", name)
             verdict = [b"400", b"not allowed", b""] if name is None else [b"200", b"", name.encode()[:255]]
             await self._zap.send_multipart([b"1.0", key, *verdict, b""])
 
@@ -148,3 +153,66 @@ class Gate:
             log.get("api").error("allow-list: %s", error)
             self._clients, self._seen = {}, ()
         return self._clients.get(zmq.utils.z85.encode(key).decode())
+
+
+class Front:
+    """Listens at a TCP port and passes bytes on to the Unix socket at `path`. Raises UsageError for a taken port."""
+
+    def __init__(self, host: str, port: int, path: str) -> None:
+        self._path = path
+        self._open: set[asyncio.Task[Any]] = set()
+        family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((host.strip("[]"), port))
+            sock.listen(MAX_CLIENTS)
+            sock.setblocking(False)
+        except OSError as error:
+            sock.close()
+            raise UsageError(f"--api tcp://{host}:{port}: {error.strerror}",
+                             hint="choose another address or port") from None
+        self._serving = asyncio.get_running_loop().create_task(asyncio.start_server(self._client, sock=sock))
+
+    async def close(self) -> None:
+        """Listen no more, and cut the connections, once they had time to pass on what libzmq sent at its end."""
+        with contextlib.suppress(Exception):
+            (await self._serving).close()
+        if self._open:
+            await asyncio.wait(self._open, timeout=0.5)
+        for task in self._open:
+            task.cancel()
+        if self._open:
+            await asyncio.wait(self._open, timeout=1.0)
+
+    async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        if len(self._open) >= MAX_CLIENTS:
+            writer.transport.abort()
+            return
+        self._open.add(task)
+        inner = None
+        try:
+            near, inner = await asyncio.open_unix_connection(self._path)
+            pumps = [asyncio.ensure_future(_pump(reader, inner)), asyncio.ensure_future(_pump(near, writer))]
+            try:
+                await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(pumps, timeout=0.2)  # what was on its way the other way
+            finally:
+                for pump in pumps:
+                    pump.cancel()
+        except (OSError, asyncio.CancelledError):
+            pass  # the one or the other is gone, or we are closing
+        finally:
+            self._open.discard(task)
+            for side in (writer, inner):
+                if side is not None:
+                    side.transport.abort()
+
+
+async def _pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):
+        while data := await source.read(CHUNK):
+            sink.write(data)
+            await sink.drain()

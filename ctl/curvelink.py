@@ -71,7 +71,7 @@ class CurveLink(ZmqLink):
             if kind == zmq.EVENT_CONNECTED:
                 was_connected = True
             elif kind & LOST and was_connected:
-                raise self._refused(f"it is not the server with key {self._remote.server}",
+                raise self._refused(f"it is not the server with key {self._remote.server}, or has too many clients",
                                     "compare with cellvisor keys show server over there")
         raise NotFound(f"{self._remote.name}: nobody answers at {self._address}", code="no-vm",
                        hint="is the VM running with --api, and the port open?")

@@ -194,6 +194,33 @@ def test_raw_bytes_and_half_open_connections_harm_nobody(far: Far) -> None:
         sock.close()
 
 
+def test_a_flood_of_connections_costs_a_known_number_of_descriptors(far: Far) -> None:
+    """libzmq itself would accept them all, and abort the controlplane when there are no descriptors left."""
+    write_remotes(far)
+    connect().close()
+
+    def descriptors() -> int:
+        return len(os.listdir(f"/proc/{far.process.pid}/fd"))
+
+    before = descriptors()
+    with contextlib.ExitStack() as stack:
+        for port in (far.port, far.port + 1):
+            for _ in range(4 * remote.MAX_CLIENTS):
+                sock = stack.enter_context(socket.socket())
+                sock.settimeout(1.0)
+                with contextlib.suppress(OSError):
+                    sock.connect(("127.0.0.1", port))
+        with Client(str(far.allow.parents[1] / "cellvisor" / "web")) as client:
+            assert client.call("ping")["name"] == "web"
+        assert descriptors() <= before + 2 * 3 * remote.MAX_CLIENTS + 10
+    end = time.monotonic() + 60
+    while descriptors() > before + 5:
+        assert time.monotonic() < end, "what was opened for them stays open"
+        time.sleep(0.05)
+    with Client("moon", 30) as client:
+        assert client.call("ping")["name"] == "web"
+
+
 def test_keys_are_private_and_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                         capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))

@@ -29,6 +29,7 @@ from cellvisor.core.wire.options import build, describe, option, parse_kv
 ZAP = "inproc://zeromq.zap.01"
 DOMAIN = b"cellvisor"
 MAX_CLIENTS = 64     # connections at each of the two ports
+MAX_REQUEST = 1 << 18  # bytes; a stranger's first frame may be as long
 CHUNK = 1 << 16
 HANDSHAKE_MS = 5000  # until a connection must have proved its key
 IDLE_MS = 15000      # a peer that is silent for so long is pinged, and dropped when it stays so
@@ -112,7 +113,7 @@ class Gate:
         for option_, value in (
                 (zmq.CURVE_SERVER, 1), (zmq.CURVE_SECRETKEY, self._pair.secret.encode()), (zmq.ZAP_DOMAIN, DOMAIN),
                 (zmq.ZAP_ENFORCE_DOMAIN, 1), (zmq.HANDSHAKE_IVL, HANDSHAKE_MS), (zmq.HEARTBEAT_IVL, IDLE_MS),
-                (zmq.HEARTBEAT_TIMEOUT, IDLE_MS)):
+                (zmq.HEARTBEAT_TIMEOUT, IDLE_MS), (zmq.MAXMSGSIZE, MAX_REQUEST)):
             door.setsockopt(option_, value)
         door.bind(f"ipc://{path}")
         self._fronts.append(Front(self.remote.host, port, path))

@@ -221,6 +221,22 @@ def test_a_flood_of_connections_costs_a_known_number_of_descriptors(far: Far) ->
         assert client.call("ping")["name"] == "web"
 
 
+def test_long_frames_of_strangers_are_not_taken_in(far: Far) -> None:
+    write_remotes(far)
+    connect().close()
+    greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00CURVE" + bytes(15 + 1 + 31)
+    with contextlib.ExitStack() as stack:
+        for flags in (2, 6):  # a long message, a long command
+            sock = stack.enter_context(socket.create_connection(("127.0.0.1", far.port), 60))
+            with contextlib.suppress(ConnectionError, BrokenPipeError):
+                sock.sendall(greeting + bytes([flags]) + (4 << 20).to_bytes(8) + bytes(4 << 20))
+            with contextlib.suppress(ConnectionError):
+                while sock.recv(4096):
+                    pass  # its greeting, then its end
+    with Client("moon", 30) as client:
+        assert client.call("ping")["name"] == "web"
+
+
 def test_keys_are_private_and_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                         capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))

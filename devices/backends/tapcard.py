@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+from dataclasses import replace
 from typing import Any
 
 from cellvisor.core.abi import net, tap
@@ -17,6 +18,7 @@ UFO = net.F_HOST_UFO | net.F_GUEST_UFO
 LARGE = net.F_GUEST_TSO4 | net.F_GUEST_TSO6 | net.F_GUEST_UFO
 CONTROL = (net.F_CTRL_VQ | net.F_CTRL_RX | net.F_CTRL_RX_EXTRA | net.F_CTRL_VLAN | net.F_CTRL_MAC_ADDR
            | net.F_GUEST_ANNOUNCE)
+NEW_TAP = {"ip": "192.168.249.1", "mask": "255.255.255.0"}  # Cloud Hypervisor's defaults
 _CARD = struct.Struct("<6sB")  # address, link down
 
 # What a driver takes -> what the tap may give it then
@@ -95,7 +97,7 @@ def open_taps(options: Any, host: Any) -> list[Tap]:
         from cellvisor.devices.backends import tapsetup  # not for who inherits a tap
 
         address = tapsetup.parse_address(options.ip, options.mask) if options.ip is not None else None
-        taps = open_queues(options.tap, count)
+        taps = open_queues(options.tap or None, count)
         tapsetup.set_up(taps[0].name, address, options.mtu,
                         None if options.host_mac is None else parse_mac("host_mac", options.host_mac))
         for index, queue in enumerate(taps):
@@ -105,6 +107,18 @@ def open_taps(options: Any, host: Any) -> list[Tap]:
         for fd in [*stored, *(queue.fd for queue in taps)]:
             os.close(fd)
         raise
+
+
+def filled(options: Any) -> Any:
+    """Return `options` with each key that was left empty (`mac=`) as if it were missing; `tap=` asks for a new tap.
+
+    A new tap that was asked for so gets Cloud Hypervisor's address if it gets no other.
+    """
+    empty: dict[str, str | None] = {}
+    empty |= {key: None for key in ("mac", "host_mac", "ip", "mask") if getattr(options, key) == ""}
+    if options.tap == "" and not (options.ip or options.mask or options.fd):
+        empty |= NEW_TAP
+    return replace(options, **empty)
 
 
 def check(options: Any) -> None:
@@ -117,13 +131,13 @@ def check(options: Any) -> None:
     for key in ("mac", "host_mac"):
         if getattr(options, key) is not None:
             parse_mac(key, getattr(options, key))
-    if options.tap is not None and (not options.tap or "/" in options.tap or not options.tap.isprintable()):
+    if options.tap and ("/" in options.tap or not options.tap.isprintable()):
         raise UsageError(f"tap={options.tap!r} cannot name an interface")
     if options.fd is not None:
         if 2 * len(options.fd) != options.num_queues or len(set(options.fd)) != len(options.fd):
             raise UsageError(f"fd={options.fd}: {len(set(options.fd))} different descriptors for "
                              f"num_queues={options.num_queues}", hint="one for each pair of queues")
         for key in ("tap", "ip", "host_mac"):
-            if getattr(options, key) is not None:
+            if getattr(options, key):
                 raise UsageError(f"{key}={getattr(options, key)[:60]} does not go with fd",
                                  hint="whoever made the descriptor sets the interface up")

@@ -20,7 +20,7 @@ from cellvisor.core.errors import RingError, UsageError
 from cellvisor.devices.backends.limiter import KEYS, LimitedOptions, Waits, limiter_of
 from cellvisor.devices.backends.netfilter import HEAD, MAX_STATE, Orders
 from cellvisor.devices.backends.tap import MAX_VIEWS, Tap
-from cellvisor.devices.backends.tapcard import LARGE, Card, offered, offloads, open_taps
+from cellvisor.devices.backends.tapcard import LARGE, Card, filled, offered, offloads, open_taps
 from cellvisor.devices.device import Chain, DeviceBase, Host, Queue, Spec, option
 
 ETHERNET = 18       # bytes of a frame's header with one VLAN tag
@@ -70,6 +70,7 @@ class Net(DeviceBase):
         offload_ufo: bool = option(True, help="pass large UDP datagrams")
 
     def __init__(self, options: Any, host: Host) -> None:
+        options = filled(options)
         super().__init__(options, host)
         self._limits = limiter_of(options, host), limiter_of(options, host)  # in, out
         self._waits = Waits(host)

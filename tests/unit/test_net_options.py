@@ -15,6 +15,7 @@ from cellvisor.core.errors import UsageError
 from cellvisor.core.wire.options import build
 from cellvisor.devices.backends import tapcard
 from cellvisor.devices.backends.netfilter import HEAD, MAX_ADDRESSES, MAX_STATE, Filter
+from cellvisor.devices.backends.passt import is_wanted
 from cellvisor.devices.backends.tap import Tap
 from cellvisor.devices.virtio.net import Net
 from tests.fakes.net import MAC
@@ -35,7 +36,6 @@ from tests.fakes.net import MAC
     ({"num_queues": 3}, "num_queues=3 is odd"),
     ({"num_queues": 64}, "num_queues=64 is above 62"),
     ({"queue_size": 100}, "queue_size=100 is not a power of two"),
-    ({"tap": ""}, "tap='' cannot name an interface"),
     ({"tap": "a/b"}, "tap='a/b' cannot name an interface"),
     ({"tap": "sixteen-letters-"}, "tap=sixteen-letters- has 16 bytes, at most 15"),
     ({"fd": [2]}, "fd.*2 is below 3"),
@@ -59,6 +59,18 @@ def test_refusals_name_key_and_value(options: dict[str, Any], message: str) -> N
         tapcard.check(chosen)
         tapcard.open_taps(chosen, Host())
     assert "\n" not in str(caught.value)
+
+
+def test_empty_keys_are_missing_ones() -> None:
+    """`tap=,mac=,ip=,mask=` asks for a new tap with the default address."""
+    found = tapcard.filled(build(Net.Options, {"tap": "", "mac": "", "ip": "", "mask": ""}))
+    assert (found.tap, found.mac, found.ip, found.mask) == ("", None, "192.168.249.1", "255.255.255.0")
+    assert not is_wanted(found)
+    tapcard.check(found)
+    named = tapcard.filled(build(Net.Options, {"tap": "t", "ip": "", "mask": ""}))
+    assert (named.tap, named.ip, named.mask) == ("t", None, None)
+    given_ip = tapcard.filled(build(Net.Options, {"tap": "", "ip": "10.0.0.1", "mask": "255.0.0.0"}))
+    assert (given_ip.ip, given_ip.mask) == ("10.0.0.1", "255.0.0.0")
 
 
 def test_a_descriptor_that_is_no_tap_is_refused() -> None:

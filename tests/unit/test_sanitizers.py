@@ -15,7 +15,7 @@ from tests.fakes.sanitized import environment
 ROOT = Path(__file__).resolve().parents[2]
 NATIVE = ROOT / "core" / "_native"
 TESTS = ("test_ring.py", "test_ring_hostile.py", "test_ring_crash.py", "test_recovery_ring.py", "test_memory_view.py",
-         "test_kvm.py")
+         "test_kvm.py", "test_devices_limiter.py")
 TWICE = """
 import tests.fakes.sanitized
 from cellvisor.core._native._native import lib

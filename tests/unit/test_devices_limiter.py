@@ -134,7 +134,7 @@ def test_a_group_shares_one_budget(tmp_path: Path) -> None:
     os.close(page)
 
 
-def test_a_page_that_somebody_wrecked_holds_nobody_for_ever() -> None:
+def test_a_page_that_somebody_wrecked_can_be_set_anew() -> None:
     page = budget.create({"ops_size": 1, "ops_refill_time": 1})
     one = Limiter(page)
     for junk in (b"\xff", b"\x7f", b"\x01"):
@@ -142,6 +142,8 @@ def test_a_page_that_somebody_wrecked_holds_nobody_for_ever() -> None:
         assert [0 <= one.take(size) <= 60 for size in (0, 1, 1 << 62, 1 << 40)] == [True] * 4
     with pytest.raises(OSError, match="Operation not permitted"):
         os.ftruncate(page, 0)
+    one.set({"ops_size": 1, "ops_refill_time": 3_600_000})
+    assert [bool(one.take(1)) for _ in range(3)] == [False, True, True]
     one.close()
     os.close(page)
     short = os.memfd_create("short")

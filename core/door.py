@@ -44,6 +44,12 @@ class Peer:
         """False once it was hung up on."""
         return self.sock.fileno() >= 0
 
+    def forget(self) -> None:
+        """Close what stands for its process."""
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+
     def kill(self) -> None:
         """SIGKILL its process."""
         if self.pidfd >= 0:
@@ -142,9 +148,7 @@ class Door(Generic[P]):
             peer.resting = None
         self._reactor.remove(fd)
         self.discard(peer, [peer.sock.detach()])
-        if peer.pidfd >= 0:
-            os.close(peer.pidfd)
-            peer.pidfd = -1
+        peer.forget()
 
     def discard(self, peer: P, fds: list[int]) -> None:
         """Close what `peer` gave us. One whose descriptors do not close must not leave us without any."""

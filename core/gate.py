@@ -63,7 +63,11 @@ class Gate:
 
     def _enter(self, sock: socket.socket) -> Speaker:
         speaker = Speaker(sock)
-        self._put(speaker, zmtp.GREETING + zmtp.ready(b"ROUTER"))
+        try:
+            self._put(speaker, zmtp.GREETING + zmtp.ready(b"ROUTER"))
+        except OSError:
+            speaker.forget()
+            raise
         return speaker
 
     # ---- in

@@ -27,6 +27,7 @@ static struct blk disks[32];
 static bool driven[32], loaded[32];
 static uint8_t *data, *copy;
 static uint64_t insertions, removals, refusals, written;
+static uint32_t early;                                  /* slots whose insertion was read before its turn */
 
 static void answer(unsigned slot, unsigned event, unsigned status)
 {
@@ -85,7 +86,10 @@ static void asked_for(unsigned slot)
         virtio_reset(&disks[slot].virtio);
     driven[slot] = false;
     bus_write(PCI_EJECT, 4, 1u << slot);
-    require(!pci_probe(slot), "slot %u: still there after its ejection", slot);
+    if (pci_probe(slot)) {                              /* the next one may be in it already, and is announced then */
+        early |= (uint32_t)bus_read(PCI_UP, 4);
+        require(early >> slot & 1, "slot %u: still there after its ejection", slot);
+    }
     answer(slot, NOTIFY_EJECT, 0);                      /* as Linux does it: too late to matter */
     removals++;
     print("out.%u=%lu\n", slot, removals);
@@ -125,7 +129,8 @@ void test_hotplug(void)
     intx_attach(GSI_GED, (volatile uint8_t *)GED);      /* the handler's read takes the event and lowers the line */
     while (insertions < param_number("insertions", 0) || removals < param_number("removals", 1)) {
         uint64_t seen = irq_total;
-        uint32_t up = (uint32_t)bus_read(PCI_UP, 4), down = (uint32_t)bus_read(PCI_DOWN, 4);
+        uint32_t up = early | (uint32_t)bus_read(PCI_UP, 4), down = (uint32_t)bus_read(PCI_DOWN, 4);
+        early = 0;
         for (unsigned slot = 0; slot < 32; slot++) {
             if (up >> slot & 1)
                 inserted(slot);

@@ -143,17 +143,17 @@ def digest_of_file(guest: Linux) -> str:
 
 
 def test_rate_limiter_net(vm: tuple[Linux, Client]) -> None:
-    """6 MiB each way with 2 MiB a second, the first of which are there at once."""
+    """6 MiB each way with 1 MiB a second, the first of which is there at once: less than the lab can do."""
     guest, client = vm
     digest = digest_of_file(guest)
-    client.call("set-rate-limit", id="net0", bw_size=2 * MIB, bw_refill_time=1000)
+    client.call("set-rate-limit", id="net0", bw_size=MIB, bw_refill_time=1000)
     began = time.monotonic()
     with socket.create_server(("10.88.0.1", 5001)) as server:
         server.settimeout(300)
         converse(guest, server, digest)
     took = time.monotonic() - began
     client.call("set-rate-limit", id="net0", bw_size=0)
-    assert took >= 3.9
+    assert took >= 9.9
     assert client.call("counters")["net0"]["throttled"] > 0
 
 

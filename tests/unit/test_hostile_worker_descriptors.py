@@ -5,11 +5,13 @@ As in test_hostile_worker.py; the lies: tests/fakes/lies_shown.py.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 
 import pytest
 
 from cellvisor.core.store import MAX_PER_DEVICE
+from cellvisor.core.wire import places
 from cellvisor.core.wire.messages import CoreVerb
 from tests.fakes.liar import SPEC
 from tests.fakes.real_core import ACTIVATE, Lying, RealCore, booted, kicks, rss
@@ -62,6 +64,17 @@ def test_floods_and_nonsense(core: RealCore, deed: str) -> None:
         core.check()
         assert core.descriptors() < 500
     assert core.log.stat().st_size - logged < 20_000
+
+
+@pytest.mark.parametrize("door", [places.CORE, places.FDS])
+def test_who_hangs_up_before_being_let_in_leaves_nothing(core: RealCore, door: str) -> None:
+    kind = socket.SOCK_STREAM if door == places.CORE else socket.SOCK_SEQPACKET
+    descriptors = core.descriptors()
+    for _ in range(300):
+        with socket.socket(socket.AF_UNIX, kind) as sock:
+            sock.connect(str(core.where / door))
+    core.check()
+    core.until(lambda: core.descriptors() <= descriptors + 8)
 
 
 def test_descriptors_that_take_a_minute_to_close(core: RealCore) -> None:

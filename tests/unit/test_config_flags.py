@@ -79,7 +79,7 @@ def test_bare_rng_and_no_console(kernel: str) -> None:
     ("--rate-limit-group id=a id=a", "--rate-limit-group: id=a is given twice"),
     ("--rate-limit-group id=a/b", "--rate-limit-group: id='a/b' cannot name a group"),
     ("--rate-limit-group id=a,ops=5", "--rate-limit-group: unknown key 'ops'"),
-    ("--dsik path=x", "unknown flag --dsik .did you mean --disk. known flags: --api-socket"),
+    ("--dsik path=x", "unknown flag --dsik .did you mean --disk. known flags: --api --api-socket"),
     ("stray", "unexpected argument 'stray'"),
     ("--disk", "--disk: expected at least one argument"),
     ("--device-type path=x", "--device-type 'path=x' does not begin"),

@@ -44,12 +44,6 @@ class Peer:
         """False once it was hung up on."""
         return self.sock.fileno() >= 0
 
-    def forget(self) -> None:
-        """Close what stands for its process."""
-        if self.pidfd >= 0:
-            os.close(self.pidfd)
-            self.pidfd = -1
-
     def kill(self) -> None:
         """SIGKILL its process."""
         if self.pidfd >= 0:
@@ -73,12 +67,15 @@ P = TypeVar("P", bound=Peer)
 
 
 class Door(Generic[P]):
-    """`make(sock)` makes a peer of an accepted socket, `ready(peer, events)` is called when it can be read."""
+    """`make(sock)` makes a peer of an accepted socket, `ready(peer, events)` is called when it can be read.
+
+    `greet(peer)` speaks first; when it raises OSError the peer is gone.
+    """
 
     def __init__(self, listener: socket.socket, reactor: Reactor, closer: Closer, make: Callable[[socket.socket], P],
-                 ready: Callable[[P, int], None]) -> None:
+                 ready: Callable[[P, int], None], greet: Callable[[P], None] = lambda peer: None) -> None:
         self._listener, self._reactor, self._closer = listener, reactor, closer
-        self._make, self._ready = make, ready
+        self._make, self._ready, self._greet = make, ready, greet
         self._peers: dict[int, P] = {}
         self._strangers: dict[int, P] = {}  # by descriptor, oldest first
         reactor.add(listener.fileno(), self._accept)
@@ -100,6 +97,10 @@ class Door(Generic[P]):
             fd = sock.fileno()
             self._peers[fd] = self._strangers[fd] = peer
             self._reactor.add(fd, lambda events, peer=peer: self._ready(peer, events))  # type: ignore[misc]
+            try:
+                self._greet(peer)
+            except OSError:
+                self.leave(peer)
             if len(self._strangers) > MAX_STRANGERS or len(self._peers) > MAX_PEERS:
                 self._evict()
 
@@ -148,7 +149,9 @@ class Door(Generic[P]):
             peer.resting = None
         self._reactor.remove(fd)
         self.discard(peer, [peer.sock.detach()])
-        peer.forget()
+        if peer.pidfd >= 0:
+            os.close(peer.pidfd)
+            peer.pidfd = -1
 
     def discard(self, peer: P, fds: list[int]) -> None:
         """Close what `peer` gave us. One whose descriptors do not close must not leave us without any."""

@@ -59,16 +59,10 @@ class Gate:
     def __init__(self, path: str, reactor: Reactor, closer: Closer, hosts: Hosts) -> None:
         self._hosts = hosts
         self._speakers: dict[str, Speaker] = {}
-        self._door = Door(_listen(path), reactor, closer, self._enter, self._ready)
+        self._door = Door(_listen(path), reactor, closer, Speaker, self._ready, self._greet)
 
-    def _enter(self, sock: socket.socket) -> Speaker:
-        speaker = Speaker(sock)
-        try:
-            self._put(speaker, zmtp.GREETING + zmtp.ready(b"ROUTER"))
-        except OSError:
-            speaker.forget()
-            raise
-        return speaker
+    def _greet(self, speaker: Speaker) -> None:
+        self._put(speaker, zmtp.GREETING + zmtp.ready(b"ROUTER"))
 
     # ---- in
 

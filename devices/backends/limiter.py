@@ -43,6 +43,11 @@ class Limiter:
         budget.put(self._page, limits, empty_at=self._clock() if empty else None)
         self.idle = not self.shared and not (limits.get("bw_size") or limits.get("ops_size"))
 
+    def change(self, args: Mapping[str, Any]) -> None:
+        """Do as a device's verb `limit` says: begin anew with its KEYS. A group's limits are not ours to change."""
+        if not self.shared:
+            self.set({key: value for key, value in args.items() if key in KEYS})
+
     def take(self, size: int) -> float:
         """Take one operation of `size` bytes and return 0, or take nothing and return for how many seconds to wait."""
         wait: int = self._take(self._budget, self._clock(), size)

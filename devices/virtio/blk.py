@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from cellvisor.core.abi import virtio
 from cellvisor.core.errors import Conflict, RingError, UsageError
 from cellvisor.devices.backends.disk import FENCE_SECONDS, SECTOR, Disk, drop, take, wait_released
-from cellvisor.devices.backends.limiter import KEYS, LimitedOptions, limiter_of
+from cellvisor.devices.backends.limiter import LimitedOptions, Waits, limiter_of
 from cellvisor.devices.device import Chain, DeviceBase, Host, Queue, Spec, option
 
 MAX_SEGMENTS = 32              # of one discard; a page full would be 256
@@ -58,7 +58,7 @@ class Blk(DeviceBase):
                 raise UsageError(f"queue_affinity: queue {pin.queue_index} of {options.num_queues} queues")
         self._limiter = limiter_of(options, host)
         self._waiting: dict[int, deque[Chain]] = {}  # fetched, by queue: what the limits hold up
-        self._timers: dict[int, int] = {}
+        self._waits = Waits(host)
         self.disk = Disk(options.path, readonly=options.readonly, direct=options.direct,
                          patience=FENCE_SECONDS if host.generation > 1 else 0.0)
         self._next: Disk | None = None  # the image that is to follow, open and locked
@@ -124,37 +124,22 @@ class Blk(DeviceBase):
         while waiting:
             size = max(waiting[0].writable_size - 1, 0) + max(waiting[0].readable_size - virtio.BLK_REQUEST.size, 0)
             if wait := self._limiter.take(size):
-                self._come_back(index, wait)
+                self._waits.begin(index, wait)  # it stays fetched, so a successor finds it
                 return
             chain = waiting.popleft()
             queue.begin(chain)
             queue.complete(chain, self._request(chain))
         del self._waiting[index]
 
-    def _come_back(self, index: int, seconds: float) -> None:
-        """Have the queue served again then; what it waits for stays fetched, so a successor finds it."""
-        def due() -> None:
-            self._timers.pop(index, None)
-            self.host.kick(index)
-
-        if index not in self._timers:
-            self._counts["throttled"] += 1
-            self._timers[index] = self.host.after(seconds, due)
-
-    def _stop_timers(self) -> None:
-        for timer in self._timers.values():
-            self.host.cancel(timer)
-        self._timers.clear()
-
     def _let_go(self) -> None:
-        self._stop_timers()
+        self._waits.clear()
         self._waiting.clear()
 
     def on_reset(self) -> None:
         self._let_go()
 
     def on_pause(self) -> None:
-        self._stop_timers()  # every queue is kicked after the pause
+        self._waits.clear()  # every queue is kicked after the pause
 
     def _request(self, chain: Chain) -> int:
         """Serve one request; return how many bytes of the writable part are valid."""
@@ -276,11 +261,8 @@ class Blk(DeviceBase):
             self.host.set_config(self._shown)
 
     def _limit(self, args: dict[str, Any]) -> dict[str, Any]:
-        if not self._limiter.shared:
-            self._limiter.set({key: value for key, value in args.items() if key in KEYS})
-        self._stop_timers()  # they were for the old ones
-        for index in self._waiting:
-            self.host.kick(index)
+        self._limiter.change(args)
+        self._waits.kick()  # they were for the old ones
         return {}
 
     def _open(self, args: dict[str, Any]) -> dict[str, Any]:
@@ -332,7 +314,7 @@ class Blk(DeviceBase):
         wait_released(options.path)
 
     def counters(self) -> dict[str, int]:
-        return {**self._counts, "busy_us": int(self._busy * 1e6)}
+        return {**self._counts, "busy_us": int(self._busy * 1e6), "throttled": self._waits.count}
 
     def close(self) -> None:
         self._forget_next()

@@ -17,7 +17,7 @@ from cellvisor.core.abi import net
 from cellvisor.core.abi.tap import MAX_NAME
 from cellvisor.core.abi.virtio import ID_NET
 from cellvisor.core.errors import RingError, UsageError
-from cellvisor.devices.backends.limiter import KEYS, LimitedOptions, Waits, limiter_of
+from cellvisor.devices.backends.limiter import LimitedOptions, Waits, limiter_of
 from cellvisor.devices.backends.netfilter import HEAD, MAX_STATE, Orders
 from cellvisor.devices.backends.tap import MAX_VIEWS, Tap
 from cellvisor.devices.backends.tapcard import LARGE, Card, filled, offered, offloads, open_taps
@@ -359,8 +359,7 @@ class Net(DeviceBase):
         limit {bw_size, ...}: other rate limits, at once; without keys those of its group have changed."""
         if verb == "limit":
             for limits in self._limits:
-                if not limits.shared:
-                    limits.set({key: value for key, value in args.items() if key in KEYS})
+                limits.change(args)
             self._waits.kick()  # they were for the old ones
             return {}
         if verb == "link" and type(args.get("up")) is bool:

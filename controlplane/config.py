@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cellvisor.core.errors import UsageError
 from cellvisor.core.wire.budget import RateLimitGroup, check_limits
 from cellvisor.core.wire.options import build, describe, option, parse_kv
+from cellvisor.core.wire.places import is_word
 
 if TYPE_CHECKING:
     from cellvisor.controlplane.inventory import Device
@@ -159,7 +160,7 @@ def check_groups(flag: str, given: list[dict[str, Any]]) -> tuple[RateLimitGroup
     groups: dict[str, RateLimitGroup] = {}
     for options in given:
         group = build(RateLimitGroup, options, flag)
-        if not group.id.isascii() or not group.id.replace("-", "a").replace("_", "a").replace(".", "a").isalnum():
+        if not is_word(group.id):
             raise UsageError(f"{flag}: id={group.id!r} cannot name a group",
                              hint="letters, digits, '.', '_' and '-' can")
         if group.id in groups:

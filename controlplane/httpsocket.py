@@ -1,4 +1,4 @@
-"""Unix stream sockets for HTTP: where to listen (`--api-socket`), and a connection whose reads bring descriptors.
+"""Stream sockets: where to listen (`--api-socket`, `--metrics`, `--api`); a connection whose reads bring descriptors.
 
 recvmsg on a non-blocking socket: asyncio's own streams would throw the descriptors of SCM_RIGHTS away.
 """
@@ -40,6 +40,20 @@ def listen(where: str, flag: str = "--api-socket") -> tuple[socket.socket, str |
         sock.close()
         raise
     return sock, where
+
+
+def listen_tcp(flag: str, host: str, port: int, backlog: int, hint: str) -> socket.socket:
+    """Listen at an address, [IPv6] in brackets. Raises UsageError with `hint` for one that is taken or not ours."""
+    sock = socket.socket(socket.AF_INET6 if host.startswith("[") else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host.strip("[]"), port))
+        sock.listen(backlog)
+    except OSError as error:
+        sock.close()
+        raise UsageError(f"{flag} tcp://{host}:{port}: {error.strerror}", hint=hint) from None
+    sock.setblocking(False)
+    return sock
 
 
 def _appear(sock: socket.socket, path: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from cellvisor.core.errors import Conflict, NotFound, UsageError
 from cellvisor.core.wire import budget
 from cellvisor.core.wire.options import defaults, parse_kv, validate
+from cellvisor.core.wire.places import is_word
 
 SLOTS = range(1, 32)  # slot 0 is the host bridge
 _COMMON = ("id", "pci_segment", "pci_device_id", "iommu")
@@ -218,8 +219,7 @@ def _check_id(want: Wanted, key: str | None) -> None:
     if key.startswith("__"):
         raise UsageError(f"{want.flag}: id={key} begins with two underscores",
                          hint="those names are the VM's own")
-    good = key.isascii() and all(char.isalnum() or char in "._-" for char in key)
-    if not key or not good:
+    if not is_word(key):
         raise UsageError(f"{want.flag}: id={key[:80]!r} cannot name a device",
                          hint="letters, digits, '.', '_' and '-' can")
 

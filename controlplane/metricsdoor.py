@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import socket
 import time
 from collections.abc import Awaitable, Callable
 
 from cellvisor.controlplane import httpsocket
 from cellvisor.core import log
 from cellvisor.core.errors import UsageError
+from cellvisor.core.wire.places import MAX_SOCKET_PATH
 
 LOCAL = "tcp://127.0.0.1:"
 MAX_CLIENTS = 32
@@ -31,7 +31,8 @@ class MetricsDoor:
         self._collect = collect
         self._path: str | None = None
         if where.startswith(LOCAL):
-            self._socket = _listen_local(int(where.removeprefix(LOCAL)))
+            self._socket = httpsocket.listen_tcp("--metrics", "127.0.0.1", int(where.removeprefix(LOCAL)), MAX_CLIENTS,
+                                                 "choose another port")
         else:
             self._socket, self._path = httpsocket.listen(where, "--metrics")
         self._clients = 0
@@ -105,20 +106,7 @@ def check_place(text: str) -> str:
             raise UsageError(f"--metrics {text[:80]!r}: only the local host may look, for nobody is asked for a key",
                              hint=f"write a path or {LOCAL}PORT")
         return text
-    if not text or len(os.fsencode(os.path.abspath(text))) > 107:
-        raise UsageError(f"--metrics {text[:80]!r}: no path for a socket (1 to 107 bytes)",
+    if not text or len(os.fsencode(os.path.abspath(text))) > MAX_SOCKET_PATH:
+        raise UsageError(f"--metrics {text[:80]!r}: no path for a socket (1 to {MAX_SOCKET_PATH} bytes)",
                          hint=f"write a shorter path or {LOCAL}PORT")
     return os.path.abspath(text)
-
-
-def _listen_local(port: int) -> socket.socket:
-    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(("127.0.0.1", port))
-        sock.listen(MAX_CLIENTS)
-    except OSError as error:
-        sock.close()
-        raise UsageError(f"--metrics {LOCAL}{port}: {error.strerror}", hint="choose another port") from None
-    sock.setblocking(False)
-    return sock

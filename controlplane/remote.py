@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import ipaddress
 import os
-import socket
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ import zmq
 import zmq.asyncio
 import zmq.utils.z85
 
+from cellvisor.controlplane import httpsocket
 from cellvisor.core import log
 from cellvisor.core.errors import CellvisorError, NotFound, UsageError
 from cellvisor.core.wire import keys
@@ -162,17 +162,7 @@ class Front:
     def __init__(self, host: str, port: int, path: str) -> None:
         self._path = path
         self._open: set[asyncio.Task[Any]] = set()
-        family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind((host.strip("[]"), port))
-            sock.listen(MAX_CLIENTS)
-            sock.setblocking(False)
-        except OSError as error:
-            sock.close()
-            raise UsageError(f"--api tcp://{host}:{port}: {error.strerror}",
-                             hint="choose another address or port") from None
+        sock = httpsocket.listen_tcp("--api", host, port, MAX_CLIENTS, "choose another address or port")
         self._serving = asyncio.get_running_loop().create_task(asyncio.start_server(self._client, sock=sock))
 
     async def close(self) -> None:

@@ -33,9 +33,9 @@ def _time(default: int | None = 0) -> Any:
     return option(default, help="milliseconds", min=0, max=_LONGEST)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LimitedOptions(DeviceOptions):
-    """The options of a device that can be limited: KEYS, or a group that has them."""
+@dataclass(frozen=True, kw_only=True)  # no slots: LimitedOptions has them from its other base
+class Limits:
+    """How much may pass: KEYS, sizes in bytes or requests, times in ms."""
 
     bw_size: int = _amount("bytes that pass in bw_refill_time; 0: no limit")
     bw_one_time_burst: int = _amount("so many bytes more, once")
@@ -43,20 +43,20 @@ class LimitedOptions(DeviceOptions):
     ops_size: int = _amount("requests that pass in ops_refill_time; 0: no limit")
     ops_one_time_burst: int = _amount("so many requests more, once")
     ops_refill_time: int = _time()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitedOptions(Limits, DeviceOptions):
+    """The options of a device that can be limited: KEYS, or a group that has them."""
+
     rate_limit_group: str | None = option(None, help="share the limits of this --rate-limit-group", length=32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RateLimitGroup:
+class RateLimitGroup(Limits):
     """Limits that several devices share: `--rate-limit-group`."""
 
     id: str = option(help="its name", length=32)
-    bw_size: int = _amount("bytes that pass in bw_refill_time; 0: no limit")
-    bw_one_time_burst: int = _amount("so many bytes more, once")
-    bw_refill_time: int = _time()
-    ops_size: int = _amount("requests that pass in ops_refill_time; 0: no limit")
-    ops_one_time_burst: int = _amount("so many requests more, once")
-    ops_refill_time: int = _time()
 
     def limits(self) -> dict[str, int]:
         """Return KEYS with their values."""

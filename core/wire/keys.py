@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cellvisor.core.errors import Conflict, NotFound, UsageError
+from cellvisor.core.wire.places import is_word
 
 KEY_LENGTH = 40
 MAX_FILE = 1 << 20
@@ -35,8 +36,7 @@ def config_dir(environ: Mapping[str, str] | None = None) -> str:
 
 def key_file(name: str) -> str:
     """Return where the pair of that name is. Raises UsageError for a name that cannot be a file's."""
-    good = name.isascii() and name[:1].isalnum() and all(char.isalnum() or char in "._-" for char in name)
-    if not good or len(name) > 64:
+    if not (is_word(name) and name[0].isalnum()) or len(name) > 64:
         raise UsageError(f"key {name[:80]!r}: no name", hint="a letter or digit, then letters, digits, '.', '_' or '-'")
     return os.path.join(config_dir(), "keys", f"{name}.key")
 

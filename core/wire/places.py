@@ -41,10 +41,14 @@ def base_dir(environ: Mapping[str, str] | None = None) -> str:
     return os.path.join(runtime if runtime.startswith("/") else "/run", "cellvisor")
 
 
+def is_word(text: str) -> bool:
+    """Tell whether a text can name something: ASCII letters, digits, '.', '_' and '-', at least one."""
+    return bool(text) and text.isascii() and all(char.isalnum() or char in "._-" for char in text)
+
+
 def check_name(name: str) -> str:
     """Return `name` if it can name a VM. Raises UsageError saying what is allowed."""
-    good = name.isascii() and name[:1].isalnum() and all(char.isalnum() or char in "._-" for char in name)
-    if not good or len(name) > MAX_NAME:
+    if not (is_word(name) and name[0].isalnum()) or len(name) > MAX_NAME:
         raise UsageError(f"--name {name[:80]!r} cannot name a VM",
                          hint=f"a letter or digit, then letters, digits, '.', '_' or '-', at most {MAX_NAME}")
     return name

@@ -28,12 +28,12 @@ def show_json(body: Any) -> int:
     return 0
 
 
-def ask(options: argparse.Namespace, verb: str, done: str) -> int:
+def ask(options: argparse.Namespace, verb: str, done: str, **args: Any) -> int:
     """Ask the VM for a change and say that it is done."""
     from cellvisor.ctl.client import Client
 
     with Client(options.vm) as client:
-        answer = client.call(verb)
+        answer = client.call(verb, **args)
         if options.json:
             return show_json(answer)
         print(f"{client.name}: {done}")

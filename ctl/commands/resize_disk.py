@@ -19,12 +19,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Ask for it."""
-    from cellvisor.ctl.client import Client
-
     size = common.size("--size", options.size)
-    with Client(options.vm) as client:
-        answer = client.call("resize-disk", id=options.disk, desired_size=size)
-        if options.json:
-            return common.show_json(answer)
-        print(f"{client.name}: {options.disk} has {size} bytes")
-    return 0
+    return common.ask(options, "resize-disk", f"{options.disk} has {size} bytes", id=options.disk, desired_size=size)

@@ -26,14 +26,10 @@ def run(options: argparse.Namespace) -> int:
     """Ask for it."""
     from cellvisor.core.wire.budget import KEYS, RateLimitArgs
     from cellvisor.core.wire.options import describe, parse_kv
-    from cellvisor.ctl.client import Client
 
     schema = describe(RateLimitArgs)
     schema["keys"] = {key: schema["keys"][key] for key in KEYS}
     limits = parse_kv(options.limit, schema, "--limit")
-    with Client(options.vm) as client:
-        answer = client.call("set-rate-limit", id=options.disk or options.net, group=options.group, **limits)
-        if options.json:
-            return common.show_json(answer)
-        print(f"{client.name}: {options.disk or options.net or options.group} has {options.limit}")
-    return 0
+    device = options.disk or options.net
+    return common.ask(options, "set-rate-limit", f"{device or options.group} has {options.limit}", id=device,
+                      group=options.group, **limits)

@@ -21,12 +21,5 @@ def run(options: argparse.Namespace) -> int:
     """Ask for it."""
     import os
 
-    from cellvisor.ctl.client import Client
-
     path = os.path.abspath(options.path) if options.path else ""
-    with Client(options.vm) as client:
-        answer = client.call("swap-disk", id=options.disk, path=path)
-        if options.json:
-            return common.show_json(answer)
-        print(f"{client.name}: {options.disk} has {path}")
-    return 0
+    return common.ask(options, "swap-disk", f"{options.disk} has {path}", id=options.disk, path=path)

@@ -5,11 +5,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.lab import place
+
+if TYPE_CHECKING:
+    from cellvisor.ctl.client import Client
+    from tests.lab.guest import Linux
+    from tests.lab.hotplug import Shared
+
+
+@pytest.fixture
+def vm(shared: Shared) -> Iterator[tuple[Linux, Client]]:
+    """The module's guest, which gets everything back; the module says with `shared` what it is like."""
+    yield shared.get()
+    shared.give_back()
 
 
 def _is_for_lab(item: pytest.Item) -> bool:

@@ -42,13 +42,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
     made.close()
 
 
-@pytest.fixture
-def vm(shared: Shared) -> Iterator[tuple[Linux, Client]]:
-    """The module's guest, which gets everything back."""
-    yield shared.get()
-    shared.give_back()
-
-
 def test_disk_hotplug(vm: tuple[Linux, Client], tmp_path: Path) -> None:
     guest, client = vm
     wanted = {"path": str(sparse(tmp_path / "added.raw")), "id": "test0", "readonly": True}

@@ -32,13 +32,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
     made.close()
 
 
-@pytest.fixture
-def vm(shared: Shared) -> Iterator[tuple[Linux, Client]]:
-    """The module's guest, which gets everything back."""
-    yield shared.get()
-    shared.give_back()
-
-
 def resize(guest: Linux, client: Client, key: str, disk: str) -> None:
     """Double a disk of 16 MiB and halve it again."""
     def has(size: int) -> bool:

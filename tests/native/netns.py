@@ -26,11 +26,15 @@ from types import TracebackType
 import pytest
 
 from tests.debian import need
+from tests.native.guest import GuestResult
 
 CLONE_NEWNET = 0x40000000
 TUNSETIFF, TUNSETPERSIST = 0x400454CA, 0x400454CB
 IFF_TAP, IFF_NO_PI, IFF_VNET_HDR, IFF_MULTI_QUEUE = 0x0002, 0x1000, 0x4000, 0x0100
 SIOCGIFFLAGS, SIOCSIFFLAGS, SIOCSIFMTU, IFF_UP = 0x8913, 0x8914, 0x8922, 1
+# Ways in which a driver may set up its rings, as net-send takes them.
+DRIVERS = ("irq=msix", "irq=intx mrg=0", "irq=poll tso=0", "mrg=0 tso=0 csum=0", "ctrl=0 event_idx=0",
+           "indirect=0 segs=3", "qsize=256 rxbuf=128 bs=1400", "event_idx=0 indirect=0 segs=4 bs=1514 idle=spin")
 TYPE = 0x88B5
 ECHO, DATA, STOP, UNCHECKED = 1, 2, 3, 0x80
 HEAD = struct.Struct("<12s2sBBIQQ")  # addresses, type, kind, pair, crc, number, time
@@ -157,3 +161,12 @@ class Peer:
         for descriptor in (self._stop, self._wake):
             os.close(descriptor)
         self._socket.close()
+
+
+def check_echoes(said: GuestResult, peer: Peer, count: int) -> None:
+    """See that of `count` frames that the guest sent each came to the peer and back, once and whole."""
+    said.check()
+    assert said.number("sent") == said.number("received") == len(peer.seen) == count
+    assert [said.number(key) for key in ("lost", "doubled", "late")] == [0, 0, 0]
+    assert not peer.broken
+    assert not peer.doubled()

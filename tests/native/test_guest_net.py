@@ -11,7 +11,7 @@ import pytest
 from tests.debian import Missing, need
 from tests.native import netns
 from tests.native.guest import GuestResult, Running
-from tests.native.netns import DATA, STOP, Peer, frame
+from tests.native.netns import DATA, DRIVERS, STOP, Peer, check_echoes, frame
 from tests.native.qemu import card, start_qemu
 
 try:
@@ -43,17 +43,10 @@ def test_info_tells_what_the_device_says(tmp_path: Path) -> None:
     assert (said.number("mtu"), said.number("link"), said.number("control")) == (1400, 1, 1)
 
 
-@pytest.mark.parametrize("options", [
-    "irq=msix", "irq=intx mrg=0", "irq=poll tso=0", "mrg=0 tso=0 csum=0", "ctrl=0 event_idx=0", "indirect=0 segs=3",
-    "qsize=256 rxbuf=128 bs=1400", "event_idx=0 indirect=0 segs=4 bs=1514 idle=spin",
-])
+@pytest.mark.parametrize("options", DRIVERS)
 def test_every_frame_comes_back_once(tmp_path: Path, options: str) -> None:
     said, peer = send(f"count=500 {options}", tmp_path)
-    said.check()
-    assert said.number("sent") == said.number("received") == len(peer.seen) == 500
-    assert [said.number(key) for key in ("lost", "doubled", "late")] == [0, 0, 0]
-    assert not peer.broken
-    assert not peer.doubled()
+    check_echoes(said, peer, 500)
 
 
 def test_several_pairs(tmp_path: Path) -> None:

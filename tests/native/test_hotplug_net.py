@@ -138,13 +138,18 @@ NET = {"tap": None, "ip": None, "mask": None, "mac": "52:54:00:12:34:56", "host_
        "offload_ufo": True, "offload_csum": True}  # as ch-remote spells it out
 
 
-def test_descriptors_come_over_http_and_stay_for_the_next_boot(machine: Callable[..., Machine]) -> None:
+def give_tap(vm: Machine) -> None:
+    """Add the card `lan` on a fresh tap0 whose descriptor only the VM has then."""
     netns.make_tap()
     tap = open_tap("tap0")
-    vm = machine()
-    vm.create("net-receive")
     assert vm.put("vm.add-net", NET, tap) is None, "there was no guest yet"
     os.close(tap)
+
+
+def test_descriptors_come_over_http_and_stay_for_the_next_boot(machine: Callable[..., Machine]) -> None:
+    vm = machine()
+    vm.create("net-receive")
+    give_tap(vm)
     with pytest.raises(OSError, match="busy"):
         open_tap("tap0")
     vm.put("vm.boot")
@@ -162,12 +167,9 @@ def test_descriptors_come_over_http_and_stay_for_the_next_boot(machine: Callable
 
 
 def test_descriptors_outlive_who_took_them(machine: Callable[..., Machine]) -> None:
-    netns.make_tap()
-    tap = open_tap("tap0")
     vm = machine()
     vm.create("net-receive")
-    vm.put("vm.add-net", NET, tap)
-    os.close(tap)
+    give_tap(vm)
     vm.put("vm.boot")
     vm.said("ready=1")
     vm.process.kill()
@@ -189,12 +191,9 @@ def test_descriptors_outlive_who_took_them(machine: Callable[..., Machine]) -> N
 
 @pytest.mark.parametrize("verb", ["vm.remove-device", "vm.delete"])
 def test_descriptors_of_a_card_that_never_was_are_closed(machine: Callable[..., Machine], verb: str) -> None:
-    netns.make_tap()
-    tap = open_tap("tap0")
     vm = machine()
     vm.create("hotplug")
-    vm.put("vm.add-net", NET, tap)
-    os.close(tap)
+    give_tap(vm)
     vm.put(verb, {"id": "lan"} if verb == "vm.remove-device" else None)
 
     def is_free() -> bool:

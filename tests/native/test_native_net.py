@@ -15,7 +15,7 @@ from tests.native.cellvisor import runtime_dir
 from tests.native.conftest import Vm
 from tests.native.guest import GuestResult, needs_kvm
 from tests.native.hotplug import eventually
-from tests.native.netns import DATA, STOP, Peer, frame
+from tests.native.netns import DATA, DRIVERS, STOP, Peer, check_echoes, frame
 from tests.native.steer import steer
 
 pytestmark = [pytest.mark.kvm, needs_kvm, netns.needs_tap, pytest.mark.usefixtures("network")]
@@ -40,17 +40,10 @@ def describe(name: str) -> tuple[str, int, str, int] | None:
     return link["address"], link["mtu"], at["local"], at["prefixlen"]
 
 
-@pytest.mark.parametrize("options", [
-    "irq=msix", "irq=intx mrg=0", "irq=poll tso=0", "mrg=0 tso=0 csum=0", "ctrl=0 event_idx=0", "indirect=0 segs=3",
-    "qsize=256 rxbuf=128 bs=1400", "event_idx=0 indirect=0 segs=4 bs=1514 idle=spin",
-])
+@pytest.mark.parametrize("options", DRIVERS)
 def test_every_frame_comes_back_once(vm: Vm, options: str) -> None:
     said, peer = send(vm, f"count=500 {options}")
-    said.check()
-    assert said.number("sent") == said.number("received") == len(peer.seen) == 500
-    assert [said.number(key) for key in ("lost", "doubled", "late")] == [0, 0, 0]
-    assert not peer.broken
-    assert not peer.doubled()
+    check_echoes(said, peer, 500)
 
 
 def test_several_pairs(vm: Vm) -> None:

@@ -70,6 +70,8 @@ class Hotplug:
         runs = state in GUEST_MAY_RUN
         with self._lock:
             if not self._holds(link):
+                if not cancel and self.state(link) == SlotState.EJECTED:
+                    return SlotState.EJECTED  # the guest let go before it could be asked again
                 raise Conflict(f"unplug {device}: it is not plugged")
             if cancel:
                 self._slots.call_off(link.slot)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,9 +13,11 @@ from hypothesis import strategies as st
 
 from cellvisor.core.abi import hotplug as reg
 from cellvisor.core.errors import Conflict
+from cellvisor.core.hotplug import Hotplug
 from cellvisor.core.pci.config import ConfigSpace
 from cellvisor.core.pci.root import PciRoot
 from cellvisor.core.pci.slots import PciSlots, SlotState
+from cellvisor.core.state import State
 
 SLOT = 6
 BIT = 1 << SLOT
@@ -354,3 +359,27 @@ def test_no_guest_gets_rid_of_a_device_by_itself(accesses: list[tuple[bool, int,
             assert 0 <= board.slots.read(offset, size) < 1 << 8 * size
     assert board.state() is SlotState.BOUND
     assert not any(said[0] in ("ejected", "refused") for said in board.heard.take())
+
+
+# ---- the verbs on top of it
+
+
+def test_asking_again_for_what_was_just_ejected_is_no_mistake(board: Board) -> None:
+    """The guest may be quicker than a second client; calling off comes too late, and so does asking for another."""
+    class Outside:
+        store: Any = None
+
+        def post(self, action: Callable[[], None]) -> None: ...
+        def event(self, name: str, **properties: Any) -> None: ...
+
+    link: Any = SimpleNamespace(device="disk", slot=SLOT)
+    hotplug = Hotplug(Outside(), threading.RLock(), board.slots, {"disk": link})
+    board.bind()
+    assert hotplug.unplug("disk", State.RUNNING) is SlotState.REMOVING
+    board.eject()
+    assert hotplug.unplug("disk", State.RUNNING) is SlotState.EJECTED
+    with pytest.raises(Conflict, match="unplug disk: it is not plugged"):
+        hotplug.unplug("disk", State.RUNNING, cancel=True)
+    board.slots.release(SLOT)
+    with pytest.raises(Conflict, match="unplug disk: it is not plugged"):
+        hotplug.unplug("disk", State.RUNNING)

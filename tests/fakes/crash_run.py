@@ -85,15 +85,20 @@ class Order(Crash):
         self._path, self._text = path, ""
 
     def _is_now(self, name: str) -> bool:
-        text = self._path.read_text() if self._path.exists() else ""
+        text = ""
+        with contextlib.suppress(FileNotFoundError):
+            text = self._path.read_text()
         if text != self._text:
             self._text, self._count = text, 0
             self._when, self._number = (text.split()[0], int(text.split()[1])) if text else ("", -1)
         return bool(text) and super()._is_now(name)
 
     def _die(self) -> None:
+        try:
+            self._path.unlink()
+        except FileNotFoundError:
+            return  # taken back
         victim = self._text.split()[2]
-        self._path.unlink()
         for pid in [os.getpid()] if victim == "self" else named(victim):
             os.kill(pid, signal.SIGKILL)
 

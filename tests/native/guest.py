@@ -121,9 +121,12 @@ class Running:
         return self.serial.read_text(errors="replace") if self.serial.exists() else ""
 
     def wait_for(self, wanted: str, timeout: float = 60.0) -> str:
-        """Wait until the guest has said `wanted` and return all it said; fails when it ends or time runs out."""
+        """Wait until the guest has said `wanted`, to the end of the line, and return all it said.
+
+        Fails when the VMM ends or time runs out.
+        """
         deadline = time.monotonic() + timeout
-        while wanted not in (text := self.text):
+        while "\n" not in "".join((text := self.text).partition(wanted)[1:]):
             if self.process.poll() is not None and wanted not in self.text:
                 pytest.fail(f"the VMM ended before the guest said {wanted!r}\n{text}\n{self._stderr()}", pytrace=False)
             if time.monotonic() > deadline:

@@ -17,6 +17,7 @@ import pytest
 
 from tests.native.conftest import Vm
 from tests.native.guest import needs_kvm
+from tests.native.hotplug import eventually
 from tests.native.steer import Steer, steer
 
 pytestmark = [pytest.mark.kvm, needs_kvm]
@@ -103,10 +104,16 @@ def test_a_successor_stays_quiet_while_the_vm_is_paused(vm: Vm, disk: Path) -> N
     assert said.number("errors") == 0
 
 
+def _is_writing(vmm: Steer, boots: int) -> bool:
+    """Tell whether the guest has come to write in the latest of so many boots."""
+    parts = vmm.running.text.split("test=blk-write")[1:]
+    return len(parts) == boots and "progress=" in parts[-1]
+
+
 def test_a_machine_reset_during_recovery(vm: Vm, disk: Path) -> None:
     with steer(vm, f"{LOAD} duration_ms=2000", disks=[f"path={disk},{OFTEN}"]) as vmm:
-        for _ in range(3):
-            vmm.running.wait_for("progress=")
+        for boots in (1, 2, 3):
+            eventually(lambda boots=boots: _is_writing(vmm, boots), f"progress of boot {boots}")
             vmm.signal("blk")
             vmm.client.call("reset")
         vmm.wait("device.restarted")

@@ -11,12 +11,12 @@ read are given up, and when all places are taken the connection that has been qu
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import functools
 import os
 import socket
 import time
-from typing import Any
 
 import h11
 
@@ -42,6 +42,7 @@ class HttpApi:
         self._listener, self._path, self._desk = listener, path, desk
         self._loop = asyncio.get_running_loop()
         self._open: dict[asyncio.Task[None], Client] = {}
+        self._turned_away: collections.deque[socket.socket] = collections.deque()
         self._is_closed = False
         self._loop.add_reader(listener.fileno(), self._accept)
 
@@ -57,7 +58,7 @@ class HttpApi:
                 self._loop.call_later(EMFILE_PAUSE, self._listen_again)
                 return
             if len(self._open) >= MAX_CONNECTIONS and not self._evict():
-                _turn_away(sock)
+                self._turn_away(sock)
                 continue
             client = Client(Wire(sock), self._desk)
             task = self._loop.create_task(client.serve())
@@ -82,6 +83,20 @@ class HttpApi:
         task.cancel()
         return True
 
+    def _turn_away(self, sock: socket.socket) -> None:
+        """Tell a client that no place is free, without waiting for it; its request may still be under way."""
+        reply = routes.refusal(TryAgain(f"{MAX_CONNECTIONS} requests are being served", code="busy"))
+        headers = (f"{name}: {value}" for name, value in reply.headers(close=True))
+        head = "\r\n".join([f"HTTP/1.1 {reply.status} ", *headers, "", ""])
+        sock.setblocking(False)
+        with contextlib.suppress(OSError):
+            sock.send(head.encode() + reply.body, socket.MSG_NOSIGNAL)
+            sock.shutdown(socket.SHUT_WR)
+        self._turned_away.append(sock)
+        if len(self._turned_away) > MAX_CONNECTIONS:
+            self._turned_away.popleft().close()
+        self._loop.call_later(LINGER_SECONDS, sock.close)
+
     def release(self) -> None:
         """Close and remove the listening socket."""
         if self._path is not None and self._listener.fileno() >= 0:
@@ -99,6 +114,8 @@ class HttpApi:
             await asyncio.wait(serving, timeout=1.0)
         for task in tasks:
             task.cancel()
+        for sock in self._turned_away:
+            sock.close()
         if tasks:
             await asyncio.wait(tasks, timeout=1.0)
 
@@ -212,12 +229,3 @@ def _check_length(head: h11.Request) -> None:
 
 def _too_long(size: int) -> UsageError:
     return UsageError(f"a body of {size} bytes, at most {routes.MAX_BODY}", code="too-long")
-
-
-def _turn_away(sock: socket.socket) -> None:
-    """Tell a client that no place is free, without waiting for it."""
-    reply: Any = routes.refusal(TryAgain(f"{MAX_CONNECTIONS} requests are being served", code="busy"))
-    lines = [f"HTTP/1.1 {reply.status} ", *(f"{name}: {value}" for name, value in reply.headers(close=True)), "", ""]
-    with sock, contextlib.suppress(OSError):
-        sock.setblocking(False)
-        sock.send("\r\n".join(lines).encode() + reply.body, socket.MSG_NOSIGNAL)

@@ -19,7 +19,7 @@ import uvloop
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cellvisor.controlplane import http, httpsocket
+from cellvisor.controlplane import http, httpsocket, routes
 from cellvisor.controlplane.desk import Desk
 from cellvisor.core.errors import CellvisorError, Conflict, NotFound, TryAgain, UsageError
 from cellvisor.core.wire.control import Request
@@ -89,7 +89,8 @@ def server(tmp_path: Path) -> Iterator[Server]:
 @contextlib.contextmanager
 def raw(server: Server, data: bytes = b"") -> Iterator[socket.socket]:
     with ch_remote.connect(server.path) as sock:
-        sock.sendall(data)
+        if data:
+            sock.sendall(data)
         yield sock
 
 
@@ -285,13 +286,17 @@ def test_too_slow_a_request_is_closed(server: Server, monkeypatch: pytest.Monkey
         assert idle.recv(100) == b""
 
 
-def test_all_places_taken_by_served_requests(server: Server) -> None:
+def test_all_places_taken_by_served_requests(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "LINGER_SECONDS", 60.0)
     with contextlib.ExitStack() as stack:
         busy = [stack.enter_context(raw(server, b"PUT /api/v1/vm.pause HTTP/1.1\r\nHost: x\r\n\r\n"))
                 for _ in range(http.MAX_CONNECTIONS)]
         wait_for(lambda: len(server.asked) == http.MAX_CONNECTIONS)
-        status, body = exchange(server, b"")
-        assert (status, "64 requests are being served" in str(body)) == (429, True)
+        turned_away = [stack.enter_context(raw(server)) for _ in range(2 * http.MAX_CONNECTIONS)]
+        for late in turned_away[-http.MAX_CONNECTIONS:]:
+            late.sendall(PING)  # as it may be doing when it is turned away
+            status, body = ch_remote.receive(late)
+            assert (status, "64 requests are being served" in str(body)) == (429, True)
         server.release.set()
         assert {ch_remote.receive(sock)[0] for sock in busy} == {204}
     wait_for(lambda: server.connections() == 0)
@@ -391,6 +396,4 @@ def test_an_inherited_socket(tmp_path: Path) -> None:
     (UsageError("x"), 400), (NotFound("x"), 404), (Conflict("x"), 409), (TryAgain("x"), 429),
     (CellvisorError("x"), 500)])
 def test_status_codes(error: CellvisorError, status: int) -> None:
-    from cellvisor.controlplane import routes
-
     assert routes.refusal(error).status == status

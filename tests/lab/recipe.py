@@ -20,7 +20,7 @@ BUILD_BYTES = 4 << 30  # what a build needs at most while it runs
 
 # QEMU is in the image for VFIO's sake and to compare with: the same guest, the same lab.
 L1_PACKAGES = (
-    "acpica-tools", "busybox-static", "e2fsprogs", "fio", "iperf3", "iproute2", "kmod", "pciutils", "procps",
+    "acpica-tools", "busybox-static", "e2fsprogs", "fio", "iperf3", "iproute2", "kmod", "passt", "pciutils", "procps",
     "python3", "qemu-system-x86",
 )
 L1_LEFT_OUT = ("/usr/share/doc/*", "/usr/share/locale/*", "/usr/share/man/*", "/usr/share/qemu/*-*.fd")

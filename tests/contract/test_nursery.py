@@ -141,7 +141,7 @@ def test_quit_ends_every_worker(core: FakeCore, nursery: NurseryProcess) -> None
     os.kill(pids[1], signal.SIGSTOP)
     nursery.ask(ToNursery.QUIT)
     assert nursery.process.wait(10) == 0
-    assert all(gone(pid, 0.5) for pid in pids)
+    assert all(gone(pid) for pid in pids)
     assert not (core.run_dir / "nursery.sock").exists()
 
 
@@ -156,7 +156,7 @@ def test_death_of_core_ends_everything_within_a_second(core: FakeCore, tmp_path:
             os.kill(pids[0], signal.SIGSTOP)  # a hung worker must go too
             stand_in.kill()
             assert nursery.process.wait(10) == 0
-            assert all(gone(pid, 0.5) for pid in pids)
+            assert all(gone(pid) for pid in pids)
         os.close(pidfd)
 
 

@@ -56,8 +56,10 @@ def test_the_counters_count(vm: Vm, disk: Path) -> None:
         messages, exits = look(vmm)
         vmm.client.call("pause")
         vmm.client.call("resume")
-        time.sleep(0.3)
         later, exits_later = look(vmm)
+        end = time.monotonic() + 60
+        while exits_later["settled"] == exits["settled"] and time.monotonic() < end:
+            later, exits_later = look(vmm)
     assert later["to_workers"] >= messages["to_workers"] + 4, "PAUSE and RESUME for two workers"
     assert later["from_workers"] >= messages["from_workers"] + 2
     assert exits_later["settled"] > exits["settled"], "what the guest says goes through the serial port"

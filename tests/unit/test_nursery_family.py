@@ -7,7 +7,6 @@ import os
 import select
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,10 +80,11 @@ def test_wards_die_with_core(core: FakeCore, tmp_path: Path) -> None:
                             [*pidfds, own["pidfd"]])
             ended.kill()
             orphan.send_signal(signal.SIGSTOP)
-            time.sleep(0.2)
+            nursery.ask(ToNursery.CATALOG)
+            assert nursery.told()["k"] == FromNursery.CATALOG  # it knows its wards by now
             core_process.kill()
             assert nursery.process.wait(10) == 0
-            assert orphan.wait(1) == -signal.SIGKILL
-            assert gone(own["pid"], 0.5)
+            assert orphan.wait(10) == -signal.SIGKILL
+            assert gone(own["pid"])
         for pidfd in (core_pidfd, *pidfds):
             os.close(pidfd)

@@ -16,6 +16,7 @@ from cellvisor.core.wire import fdpass
 from cellvisor.core.wire.messages import FromNursery, ToCore, ToNursery, ToWorker
 from cellvisor.core.wire.options import validate
 from tests.fakes.core import FakeCore, NurseryProcess, gone, kill
+from tests.fakes.site import install
 
 
 @pytest.fixture
@@ -181,12 +182,7 @@ def test_worker_without_a_core_gives_up(nursery: NurseryProcess, tmp_path: Path)
 
 
 def test_broken_plugin_is_reported_and_left_out(tmp_path: Path) -> None:
-    plugin = tmp_path / "site"
-    info = plugin / "broken-1.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1\n")
-    (info / "entry_points.txt").write_text("[cellvisor.devices]\nbroken = broken_device:Broken\nrng = os:path\n")
-    (plugin / "broken_device.py").write_text("raise RuntimeError('out of order')\n")
+    plugin = install(tmp_path, "broken", "raise RuntimeError('out of order')\n", "rng = os:path\n")
     with NurseryProcess(tmp_path, environ={"PYTHONPATH": str(plugin)}) as nursery:
         nursery.ask(ToNursery.CATALOG)
         told = nursery.told()

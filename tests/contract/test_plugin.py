@@ -14,6 +14,7 @@ import pytest
 
 from cellvisor.core.wire.messages import ToCore, ToNursery, ToWorker
 from tests.fakes.core import FakeCore, NurseryProcess
+from tests.fakes.site import install
 
 EXAMPLE = Path(__file__).parents[2] / "deploy" / "example-device"
 
@@ -86,12 +87,7 @@ def test_example_is_as_small_as_promised() -> None:
 
 @pytest.fixture
 def boom(tmp_path: Path) -> Iterator[NurseryProcess]:
-    site = tmp_path / "site"
-    info = site / "boom-1.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: boom\nVersion: 1\n")
-    (info / "entry_points.txt").write_text("[cellvisor.devices]\nboom = boom_device:Boom\n")
-    (site / "boom_device.py").write_text(BOOM)
+    site = install(tmp_path, "boom", BOOM)
     with NurseryProcess(tmp_path, environ={"PYTHONPATH": str(site)}) as nursery:
         yield nursery
 

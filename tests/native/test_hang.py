@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fakes.site import install
 from tests.native.conftest import Vm
 from tests.native.guest import needs_kvm
 from tests.native.steer import steer
@@ -92,13 +93,7 @@ class Slow(Blk):
 ])
 def test_calls_to_the_back_end_have_their_own_limit(vm: Vm, disk: Path, tmp_path: Path, options: str, reason: str,
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
-    site = tmp_path / "site"
-    info = site / "slow-1.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: slow\nVersion: 1\n")
-    (info / "entry_points.txt").write_text("[cellvisor.devices]\nslow = slow_device:Slow\n")
-    (site / "slow_device.py").write_text(SLOW)
-    monkeypatch.setenv("PYTHONPATH", str(site))
+    monkeypatch.setenv("PYTHONPATH", str(install(tmp_path, "slow", SLOW)))
     with steer(vm, "test=blk-write op=write count=1000 depth=8 span=8M",
                extra=["--device-type", f"slow,path={disk},hang_timeout=0.5,{options}"]) as vmm:
         if reason:

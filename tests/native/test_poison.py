@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fakes.site import install
 from tests.native.conftest import Vm
 from tests.native.guest import needs_kvm
 from tests.native.steer import steer
@@ -43,13 +44,7 @@ class Brittle(Blk):
 @pytest.fixture
 def brittle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Have the VMs of this test know the type `brittle`."""
-    site = tmp_path / "site"
-    info = site / "brittle-1.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: brittle\nVersion: 1\n")
-    (info / "entry_points.txt").write_text("[cellvisor.devices]\nbrittle = brittle_device:Brittle\n")
-    (site / "brittle_device.py").write_text(DEVICE)
-    monkeypatch.setenv("PYTHONPATH", str(site))
+    monkeypatch.setenv("PYTHONPATH", str(install(tmp_path, "brittle", DEVICE)))
     return "brittle"
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from cellvisor.core.errors import CellvisorError, Conflict, NotFound
+from tests.fakes.site import install
 from tests.native.guest import needs_kvm
 from tests.native.owned import OwnedVm, wait_for
 from tests.native.storm import stop_load
@@ -49,11 +50,7 @@ class Site:
     """A directory on PYTHONPATH with a device type `mine`, a disk that tells which code it runs."""
 
     def __init__(self, where: Path) -> None:
-        self.path = where / "site"
-        info = self.path / "mine-1.dist-info"
-        info.mkdir(parents=True)
-        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1\n")
-        (info / "entry_points.txt").write_text("[cellvisor.devices]\nmine = mine_device:Mine\n")
+        self.path = install(where, "mine", "")
 
     def write(self, code: int, *, reads: tuple[int, ...] = (1,), version: int = 1, start: str = "pass") -> None:
         """Put the next version of the file on disk."""

@@ -6,8 +6,9 @@ underscores. Slots somebody chose are reserved first; every other device gets th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from cellvisor.core.errors import Conflict, NotFound, UsageError
@@ -80,6 +81,14 @@ class Device:
         return paths[0] if "mode" in self.options and paths else str(self.options.get("mode", ""))
 
 
+# What a verb may want of a device, as its refusal says it.
+_KINDS: Mapping[str, Callable[[Device], bool]] = MappingProxyType({
+    "a disk": lambda device: device.verb == "disk",
+    "a network card": lambda device: device.verb == "net",
+    "a device with limits": lambda device: "bw_size" in device.options,
+})
+
+
 class Inventory:
     """The VM's devices by id. Changes all or nothing."""
 
@@ -99,6 +108,13 @@ class Inventory:
             return self._devices[key]
         except KeyError:
             raise NotFound(f"no device {key[:80]!r}", hint=f"devices: {', '.join(self._devices)}") from None
+
+    def require(self, verb: str, key: str, what: str) -> Device:
+        """Return device `key` if it is `what` `verb` is for: "a disk", ... Raises NotFound, UsageError naming both."""
+        device = self.get(key)
+        if not _KINDS[what](device):
+            raise UsageError(f"{verb}: id={device.id} is not {what} but {device.type}")
+        return device
 
     def relearn(self, catalog: Catalog) -> None:
         """Take devices of these types from now on."""

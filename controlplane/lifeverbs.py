@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cellvisor.controlplane import vmconfig
-from cellvisor.core.errors import CellvisorError, Conflict, TryAgain, UsageError
+from cellvisor.core.errors import CellvisorError, Conflict, TryAgain
 from cellvisor.core.wire.messages import CoreVerb
 
 if TYPE_CHECKING:
@@ -135,9 +135,7 @@ class Life:
 
     async def resize_disk(self, args: dict[str, Any]) -> dict[str, Any]:
         """Have a disk's process change its size and tell the guest."""
-        device = self._vm.inventory.get(args["id"])
-        if device.verb != "disk":
-            raise UsageError(f"resize-disk: id={device.id} is not a disk but {device.type}")
+        device = self._vm.inventory.require("resize-disk", args["id"], "a disk")
         if self._vm.state == "Created":
             raise Conflict("resize-disk: the VM is not running", hint="its disks can be changed on the host")
         core = self._vm.require_core()
@@ -149,9 +147,7 @@ class Life:
 
     async def set_link(self, args: dict[str, Any]) -> dict[str, Any]:
         """Have a network card's process pull its cable, put it in, or ask the guest to announce itself."""
-        device = self._vm.inventory.get(args["id"])
-        if device.verb != "net":
-            raise UsageError(f"set-link: id={device.id} is not a network card but {device.type}")
+        device = self._vm.inventory.require("set-link", args["id"], "a network card")
         if self._vm.state == "Created":
             raise Conflict("set-link: the VM is not running")
         verb, more = ("announce", {}) if args["link"] == "announce" else ("link", {"up": args["link"] == "up"})

@@ -91,14 +91,13 @@ def table(vm: Supervisor) -> dict[str, Callable[[dict[str, Any]], Awaitable[Any]
                              f"set-rate-limit: id={args['id']} and group={args['group']}", hint="one of them")
         if args["group"] is not None:
             return await _change_group(vm, args["group"], args)
-        return await _change_device(vm, vm.inventory.get(args["id"]), args)
+        device = vm.inventory.require("set-rate-limit", args["id"], "a device with limits")
+        return await _change_device(vm, device, args)
 
     return {"set-rate-limit": set_rate_limit}
 
 
 async def _change_device(vm: Supervisor, device: Device, args: dict[str, Any]) -> dict[str, Any]:
-    if "bw_size" not in device.options:
-        raise UsageError(f"set-rate-limit: id={device.id} has no limits: a {device.type}")
     if group := device.options.get(budget.GROUP):
         raise Conflict(f"set-rate-limit: id={device.id} shares the limits of {budget.GROUP}={group}",
                        hint="change the group's")

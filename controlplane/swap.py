@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cellvisor.controlplane.processes import kill_pidfd
 from cellvisor.core import log
-from cellvisor.core.errors import CellvisorError, Conflict, UsageError
+from cellvisor.core.errors import CellvisorError, Conflict
 from cellvisor.core.wire.messages import CoreVerb
 
 if TYPE_CHECKING:
@@ -29,9 +29,7 @@ def table(vm: Supervisor) -> dict[str, Callable[[dict[str, Any]], Awaitable[Any]
     async def swap_disk(args: dict[str, Any]) -> dict[str, Any]:
         key, path = args["id"], args["path"]
         async with vm.plug.locked(key):
-            device = vm.inventory.get(key)
-            if device.verb != "disk":
-                raise UsageError(f"{VERB}: id={key} is not a disk but {device.type}")
+            device = vm.inventory.require(VERB, key, "a disk")
             if vm.state not in ("Running", "Paused"):
                 raise Conflict(f"{VERB}: the VM is not running", hint="give the path when it is created")
             core, before = vm.require_core(), device.options["path"]

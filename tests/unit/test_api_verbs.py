@@ -191,7 +191,7 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
     ("swap-disk", {"id": "_disk0", "path": ""}, 400, "swap-disk: path= is not a file name"),
     ("swap-disk", {"id": "_disk0"}, 400, "swap-disk: path is missing"),
     ("set-rate-limit", {"id": "nope"}, 404, "no device 'nope'"),
-    ("set-rate-limit", {"id": "__rng"}, 400, "set-rate-limit: id=__rng has no limits: a rng"),
+    ("set-rate-limit", {"id": "__rng"}, 400, "set-rate-limit: id=__rng is not a device with limits but rng"),
     ("set-rate-limit", {"id": "_disk0", "ops_size": 7}, 400, "set-rate-limit: ops_size=7 needs ops_refill_time"),
     ("set-rate-limit", {"bw_size": 7}, 400, "set-rate-limit: give id (of a disk) or group"),
     ("set-rate-limit", {"group": "nope"}, 404, "no rate limit group 'nope'"),

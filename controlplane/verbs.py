@@ -6,12 +6,12 @@ import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cellvisor import __version__
-from cellvisor.controlplane import lifeverbs, plugverbs, ratelimit, report, swap, upgrade
+from cellvisor.controlplane import lifeverbs, logtail, plugverbs, ratelimit, report, swap, upgrade
 from cellvisor.core.errors import CellvisorError, Conflict, NotFound, TryAgain
-from cellvisor.core.wire import places
 from cellvisor.core.wire.control import VERBS, Request
 from cellvisor.core.wire.messages import CoreVerb
 
@@ -31,7 +31,7 @@ class Verbs:
         change = self._change
         self._serving: dict[str, Callable[..., Awaitable[Any]]] = {
             "ping": self._ping, "info": self._info, "devices": self._devices, "events": self._events,
-            "pause": change(CoreVerb.PAUSE), "resume": change(CoreVerb.RESUME),
+            "logs": partial(logtail.serve, vm), "pause": change(CoreVerb.PAUSE), "resume": change(CoreVerb.RESUME),
             "reset": change(CoreVerb.RESET), "power-button": change(CoreVerb.POWER_BUTTON),
             "restart-device": self._restart_device, "drain-device": self._drain_device,
             "nmi": change(CoreVerb.NMI), **lifeverbs.table(vm, self._turn), **plugverbs.table(vm),
@@ -63,7 +63,7 @@ class Verbs:
     async def _ping(self, args: dict[str, Any]) -> dict[str, Any]:
         return {"build_version": f"cellvisor {__version__}", "version": __version__, "pid": os.getpid(),
                 "features": ["kvm"], "name": self._vm.rundir.name,
-                "log_file": self._vm.flags.log_file or self._vm.rundir.file(places.LOG)}
+                "log_file": logtail.path_of(self._vm)}
 
     async def _restart_device(self, args: dict[str, Any]) -> dict[str, Any]:
         one = await self._fleet().revive(args["id"])

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cellvisor.core.errors import NotFound, UsageError
 from cellvisor.core.wire import keys, places
 
 if TYPE_CHECKING:
+    from cellvisor.ctl.curvelink import CurveLink
     from cellvisor.ctl.remotes import Remote
 
 TIMEOUT = 90.0  # a pause waits for I/O in execution
@@ -101,9 +102,9 @@ class Client:
         Without `where` the environment may name a socket. `timeout` in seconds is for each answer.
         """
         http = _http_socket(where)
-        remote = _remote(where) if http is None else None
+        self._remote = remote = _remote(where) if http is None else None
         self._link: Link
-        self.is_remote = remote is not None
+        self.far: CurveLink | None = None  # the link to a VM on another machine, for who asks without waiting
         if http is not None:
             from cellvisor.ctl.httplink import HttpLink
 
@@ -113,13 +114,33 @@ class Client:
             from cellvisor.ctl.curvelink import CurveLink
 
             self.path = self.name = remote.name
-            self._link = CurveLink(remote, timeout)
+            self._link = self.far = CurveLink(remote, timeout)
         else:
             from cellvisor.ctl.zmqlink import ZmqLink
 
             self.path = find(where or os.environ.get(ENVIRONMENT) or None)
             self.name = self.path.rpartition("/")[2]
             self._link = ZmqLink(self.path, timeout)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the VM is on another machine."""
+        return self.far is not None
+
+    def is_alive(self) -> bool:
+        """Tell whether there is a process to ask; from another machine, whether the connection stands."""
+        return self._link.is_alive()
+
+    def connect_again(self, idle: Callable[[], None] = lambda: None) -> None:
+        """Connect again to a VM on another machine: it may have a successor. Raises TryAgain if nobody answers.
+
+        `idle` is called between attempts.
+        """
+        from cellvisor.ctl.curvelink import again
+
+        assert self.far is not None
+        assert self._remote is not None
+        self._link = self.far = again(self.far, self._remote, idle)
 
     def call(self, verb: str, /, *fds: int, **args: Any) -> Any:
         """Ask for `verb` and return the answer; `fds` go along, over HTTP. Raises the CellvisorError that is answered.

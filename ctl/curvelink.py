@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import zmq
@@ -15,15 +15,20 @@ from cellvisor.ctl.zmqlink import ZmqLink, prepare
 
 CONNECT = 10.0  # seconds until both sides have proved their keys
 IDLE_MS = 15000
+AGAIN = 15.0     # seconds for a successor to answer, or a network to come back
+ATTEMPT = 1.0
 LOST = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 WATCHED = LOST | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_CONNECTED \
     | zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_CLOSED
 
 
 class CurveLink(ZmqLink):
-    """A connection to `remote`. Raises at once if we are refused, or within 10 s if nobody is there."""
+    """A connection to `remote`. Raises at once if we are refused, or within `patience` seconds if nobody is there.
 
-    def __init__(self, remote: Remote, timeout: float) -> None:
+    `timeout` in seconds is for each answer.
+    """
+
+    def __init__(self, remote: Remote, timeout: float, patience: float = CONNECT) -> None:
         self._remote, self._pair = remote, remote.pair()
         self._address = f"tcp://{remote.host}:{remote.port}"
         self._is_lost = False
@@ -32,7 +37,7 @@ class CurveLink(ZmqLink):
         self._monitor = self._socket.get_monitor_socket(WATCHED)
         try:
             self._secure(self._socket, remote.port)
-            self._meet(time.monotonic() + min(CONNECT, timeout))
+            self._meet(time.monotonic() + min(patience, timeout))
         except BaseException:
             self.close()
             raise
@@ -85,6 +90,18 @@ class CurveLink(ZmqLink):
             self._is_lost = bool(recv_monitor_message(self._monitor)["event"] & LOST)
         return not self._is_lost
 
+    def wait(self, fds: Sequence[int], seconds: float) -> set[int]:
+        """Wait until receive() would return (-1 is among what is returned), one of `fds` is readable, or time is up."""
+        poller = zmq.Poller()
+        for source in (self._socket, *fds):
+            poller.register(source, zmq.POLLIN)
+        return {-1 if source is self._socket else source for source, _ in poller.poll(int(seconds * 1000))}
+
+    def lost(self, why: str = "") -> TryAgain:
+        """Return the error for a connection that broke and does not come back."""
+        return TryAgain(f"the connection to {self._where} is lost{why and ': '}{why}", code="no-answer",
+                        hint="the VM ended, or its machine is out of reach")
+
     def _pilot(self) -> str:
         return ""  # not to be seen from here
 
@@ -96,6 +113,8 @@ class CurveLink(ZmqLink):
 
     def close(self) -> None:
         """Disconnect."""
+        if self._socket.closed:
+            return
         self._socket.disable_monitor()
         self._monitor.close()
         super().close()
@@ -105,3 +124,21 @@ class CurveLink(ZmqLink):
         if not self.is_alive():
             raise self._no_answer(verb, "")
         return super().call(verb, args, fds)
+
+
+def again(link: CurveLink, remote: Remote, idle: Callable[[], None]) -> CurveLink:
+    """Close `link`, whose connection broke, and return another. Raises TryAgain after AGAIN seconds.
+
+    `idle` is called between attempts.
+    """
+    link.close()
+    until = time.monotonic() + AGAIN
+    while True:
+        idle()
+        began = time.monotonic()
+        try:
+            return CurveLink(remote, link.timeout, ATTEMPT)
+        except CellvisorError as error:
+            if time.monotonic() > until:
+                raise link.lost(error.message) from None
+        time.sleep(max(0.0, began + ATTEMPT - time.monotonic()))

@@ -39,7 +39,7 @@ class ZmqLink:
         self._set_up(f"the VM in {path}", timeout)
 
     def _set_up(self, where: str, timeout: float) -> None:
-        self._where, self._timeout = where, timeout
+        self._where, self.timeout = where, timeout
 
     def _connect(self, kind: int, name: str) -> zmq.Socket[bytes]:
         sock = self._context.socket(kind)
@@ -55,10 +55,9 @@ class ZmqLink:
         if fds:
             raise UsageError(f"{verb}: descriptors cannot come this way",
                              hint="start the VM with --api-socket PATH, and give PATH as the VM")
-        key = os.urandom(12).hex()
         pilot = self._pilot()
-        self._socket.send(pack(request(key, verb, args)))
-        until = time.monotonic() + self._timeout
+        key = self.send(verb, args)
+        until = time.monotonic() + self.timeout
         while True:
             if not self._socket.poll(POLL_MS):
                 if time.monotonic() > until or not self.is_alive():
@@ -66,17 +65,28 @@ class ZmqLink:
                 if self._pilot() != pilot:  # a request that it had taken died with it
                     if repeats(verb, args):
                         pilot = self._pilot()
-                        self._socket.send(pack(request(key, verb, args)))
+                        self.send(verb, args, key)
                     else:
                         until = min(until, time.monotonic() + SUCCESSOR_SECONDS)
                 continue
-            body = unpack(self._socket.recv())
-            if body.get("id") not in (key, None):
+            asked, answer = self.receive()
+            if asked not in (key, None):
                 continue  # the late answer to a call that was given up
-            error = body.get("error")
-            if isinstance(error, dict):
-                raise from_wire(error)
-            return body.get("ok")
+            if isinstance(answer, CellvisorError):
+                raise answer
+            return answer
+
+    def send(self, verb: str, args: dict[str, Any], key: str | None = None) -> str:
+        """Ask without waiting; returns what receive() will call the answer. The same `key` is the same request."""
+        key = os.urandom(12).hex() if key is None else key
+        self._socket.send(pack(request(key, verb, args)))
+        return key
+
+    def receive(self) -> tuple[object, Any]:
+        """Wait for an answer and return which request it is to, None if that is unknown, and the value or error."""
+        body = unpack(self._socket.recv())
+        error = body.get("error")
+        return body.get("id"), from_wire(error) if isinstance(error, dict) else body.get("ok")
 
     def _pilot(self) -> str:
         """Return what tells one controlplane from the next; "" if it is not to be seen from here."""
@@ -92,7 +102,7 @@ class ZmqLink:
         if self._pilot() != pilot:
             return TryAgain(f"{verb}: the controlplane died over it and a successor goes on",
                             hint="see cellvisor ops and devices for what became of it", code="no-answer")
-        return TryAgain(f"{verb}: no answer within {self._timeout:g} s", hint="see cellvisor events",
+        return TryAgain(f"{verb}: no answer within {self.timeout:g} s", hint="see cellvisor events",
                         code="no-answer")
 
     def events(self, since: int, follow: bool) -> Iterator[dict[str, Any]]:

@@ -43,6 +43,14 @@ class EventsArgs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LogsArgs:
+    """What `logs` takes."""
+
+    since: int = option(0, help="where to begin, in bytes: what the last answer called next", min=0)
+    lines: int | None = option(None, help="begin with so many lines before the end instead", min=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectArgs:
     """Any object: the verb itself knows the keys, which depend on the device types there are."""
 
@@ -131,6 +139,7 @@ _TABLE = (
     Verb("devices", "list the devices with slot, type, process and state", reads=True),
     Verb("events", "return the latest events; new ones are published on events.sock", EventsArgs, reads=True,
          empty=True),
+    Verb("logs", "tell what is in the log of all processes, in pieces", LogsArgs, reads=True, empty=True),
     Verb("pause", "stop the vCPUs and quiesce every device", path="vm.pause"),
     Verb("resume", "go on after a pause", path="vm.resume"),
     Verb("reset", "reset the machine as its reset button would"),

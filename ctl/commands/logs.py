@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from cellvisor.core.errors import CellvisorError, NotFound
+from cellvisor.core.errors import CellvisorError, NotFound, TryAgain
 from cellvisor.ctl import common
 
 if TYPE_CHECKING:
@@ -32,17 +33,40 @@ def run(options: argparse.Namespace) -> int:
     from cellvisor.ctl.client import Client
 
     with Client(options.vm) as client:
-        path = client.call("ping").get("log_file")
-        if client.is_remote:
-            raise NotFound(f"{client.name}: its log is on its own machine", hint=str(path))
-        if not path:
-            raise NotFound(f"{client.name}: keeps no log", hint="it is on the stderr of the one who started it")
-        for line in _lines(client, str(path), options):
+        found = _far_lines(client, options) if client.is_remote else _lines(client, options)
+        for line in found:
             print(json.dumps(_parsed(line)) if options.json else line, flush=options.follow)
     return 0
 
 
-def _lines(client: Client, path: str, options: argparse.Namespace) -> Iterator[str]:
+def _far_lines(client: Client, options: argparse.Namespace) -> Iterator[str]:
+    """Ask for piece after piece; a controlplane that dies over it has a successor, which goes on."""
+    args = {"lines": options.lines}
+    begun = ""
+    while True:
+        try:
+            piece = client.call("logs", **args)
+        except TryAgain as error:
+            if not options.follow or client.is_alive():
+                raise
+            print(f"{error.message}: trying again (Ctrl-C ends)", file=sys.stderr)
+            client.connect_again()
+            continue
+        args = {"since": piece["next"]}
+        *lines, begun = (begun + piece["text"]).split("\n")
+        yield from (line.rstrip("\r") for line in lines)
+        if not piece["text"]:
+            if not options.follow:
+                break
+            time.sleep(POLL_SECONDS)
+    if begun or piece["rest"]:
+        yield begun + piece["rest"]
+
+
+def _lines(client: Client, options: argparse.Namespace) -> Iterator[str]:
+    path = str(client.call("ping").get("log_file") or "")
+    if not path:
+        raise NotFound(f"{client.name}: keeps no log", hint="it is on the stderr of the one who started it")
     try:
         file = open(path, errors="replace")  # noqa: SIM115 - a generator: closed below
     except OSError as error:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from cellvisor.controlplane import remote
+from cellvisor.controlplane import logtail, remote
 from cellvisor.core.errors import CellvisorError, NotFound, UsageError
 from cellvisor.core.wire import keys
 from cellvisor.core.wire.control import request
@@ -26,6 +26,7 @@ from cellvisor.ctl import dispatch, remotes
 from cellvisor.ctl.client import Client
 
 RUN = Path(__file__).parents[1] / "fakes" / "control_run.py"
+MAIN = "import sys; from cellvisor.ctl.cli import main; sys.exit(main())"
 
 
 def free_ports() -> int:
@@ -108,9 +109,55 @@ def test_a_right_key_steers(far: Far, capsys: pytest.CaptureFixture[str]) -> Non
     assert dispatch.run(["ls", "--remote", "--json"]) == 0
     out = capsys.readouterr().out
     assert json.loads(out[out.index("["):])[0]["state"] == "Running"
-    for verb in ("logs", "console"):
-        assert dispatch.run([verb, "moon"]) == 1
-        assert "own machine" in capsys.readouterr().err
+    assert dispatch.run(["console", "moon"]) == 1
+    assert "own machine" in capsys.readouterr().err
+
+
+def test_the_log_is_read_and_followed_from_afar(far: Far, capsys: pytest.CaptureFixture[str]) -> None:
+    write_remotes(far)
+    with connect() as client:
+        path = Path(client.call("ping")["log_file"])
+    ours = [f"12:00:{number:02d}.000 test INFO line {number}" for number in range(40)]
+    with path.open("a") as log:
+        log.write("".join(f"{line}\n" for line in ours))
+    assert dispatch.run(["logs", "moon"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert [line for line in told if " test " in line] == ours
+    assert told == path.read_text().splitlines()[:len(told)]
+    assert dispatch.run(["logs", "moon", "-n", "1", "--json"]) == 0
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line.keys() for line in told] == [{"time", "process", "level", "text"}]
+    follow = subprocess.Popen([sys.executable, "-c", MAIN, "logs", "-f", "-n", "1", "moon"], stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE)
+    assert follow.stdout is not None
+    try:
+        assert follow.stdout.readline().decode() in path.read_text()
+        with path.open("a") as log:
+            log.write("x" * 300000 + "\n")
+            log.write("half a")
+            log.flush()
+            assert follow.stdout.readline() == b"x" * 300000 + b"\n"
+            log.write(" line\n")
+        assert follow.stdout.readline() == b"half a line\n"
+    finally:
+        follow.terminate()
+        follow.communicate(timeout=60)
+
+
+def test_what_is_asked_of_a_log_is_bounded(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(b"one\ntwo\nthree")
+    assert logtail.read(str(path), 0, None) == {"text": "one\ntwo\n", "rest": "three", "next": 8}
+    assert logtail.read(str(path), 8, None) == {"text": "", "rest": "three", "next": 8}
+    for lines, text in ((0, ""), (1, "two\n"), (2, "one\ntwo\n"), (9, "one\ntwo\n")):
+        assert logtail.read(str(path), 0, lines)["text"] == text
+    assert logtail.read(str(path), 4000, None)["text"] == "one\ntwo\n", "a file that began anew"
+    path.write_bytes(b"\xff" * (3 << 20))
+    assert logtail.read(str(path), 0, 5)["next"] == (2 << 20) + logtail.PIECE
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("fifo", "none"):
+        with pytest.raises(NotFound, match=name):
+            logtail.read(str(tmp_path / name), 0, None)
 
 
 @pytest.mark.parametrize(("changes", "said"), [

@@ -115,8 +115,7 @@ class Supervisor:
                 start.result()
             ending = await self._ending
             if self.flags.report is not None:
-                await self.ask_core()
-                report.write(self.flags.report, self, ending.reason, ending.status)
+                report.write(self.flags.report, self, await self.ask_core(), ending.reason, ending.status)
         finally:
             start.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):

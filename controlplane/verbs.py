@@ -97,7 +97,7 @@ class Verbs:
             "stages": vm.stages.as_wire(), "memory": vm.memory_effects, "core": core,
         }
         if args["processes"]:
-            body["processes"] = report.processes(vm)
+            body["processes"] = report.processes(vm, core)
         return body
 
     async def _devices(self, args: dict[str, Any]) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         server = Server(options.run_dir, options.token)
         machine = Machine(server)
-        server.bind(machine, Verbs(machine, server.custody, server.messages))
+        server.bind(machine, Verbs(machine, server.custody, server.messages, server.store))
     except (CellvisorError, OSError) as error:
         sys.stderr.write(f"cellvisor: {error}\n")
         return 2

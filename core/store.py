@@ -6,10 +6,16 @@ nobody else gets it back.
 
 from __future__ import annotations
 
+import os
+import select
+from typing import Any
+
 from cellvisor.core.closer import Closer
 from cellvisor.core.errors import Conflict, UsageError
+from cellvisor.core.wire.places import PROCESS, is_word
 
 MAX_PER_DEVICE = 128
+PIDFD = "anon_inode:[pidfd]"  # what proc(5) calls one
 
 
 class Store:
@@ -41,6 +47,16 @@ class Store:
         """Return what `device` has deposited."""
         return sorted(self._held.get(device, {}))
 
+    def processes(self) -> list[dict[str, Any]]:
+        """Return {"device", "role", "pid"} of each living process whose pidfd was deposited as `process:<role>`."""
+        found = []
+        for device, names in self._held.items():
+            for name, fd in names.items():
+                role = name.removeprefix(PROCESS)
+                if role != name and is_word(role) and (pid := _pid(fd)) > 0:
+                    found.append({"device": device, "role": role, "pid": pid})
+        return found
+
     def drop(self, device: str) -> None:
         """Close everything of `device`."""
         self._closer.close(f"store of {device}", *self._held.pop(device, {}).values())
@@ -57,3 +73,15 @@ class Store:
     def _close(self, device: str, fd: int) -> None:
         if not self._closer.close(f"store of {device}", fd):
             raise UsageError(f"{device}: its descriptors do not close")
+
+
+def _pid(fd: int) -> int:
+    """Return the process that a pidfd stands for while it lives, else 0."""
+    if os.readlink(f"/proc/self/fd/{fd}") != PIDFD:
+        return 0
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    if poll.poll(0):
+        return 0
+    with open(f"/proc/self/fdinfo/{fd}") as lines:
+        return next((int(line.split()[1]) for line in lines if line.startswith("Pid:")), 0)

@@ -12,6 +12,7 @@ from cellvisor.core.link import Link
 from cellvisor.core.machine import Machine
 from cellvisor.core.platform import SERIAL_DEVICE
 from cellvisor.core.server import Reply
+from cellvisor.core.store import Store
 from cellvisor.core.wire.messages import CoreVerb, ToWorker
 
 MAX_PCI_SLOT = 31
@@ -20,8 +21,8 @@ MAX_PCI_SLOT = 31
 class Verbs:
     """The table: verb -> method(args, reply)."""
 
-    def __init__(self, machine: Machine, custody: Custody, messages: Mapping[str, int]) -> None:
-        self._machine, self._custody, self._messages = machine, custody, messages
+    def __init__(self, machine: Machine, custody: Custody, messages: Mapping[str, int], store: Store) -> None:
+        self._machine, self._custody, self._messages, self._store = machine, custody, messages, store
         self._table: dict[str, Callable[[dict[str, Any], Reply], None]] = {
             CoreVerb.CONFIGURE: self._configure, CoreVerb.ATTACH: self._attach, CoreVerb.BOOT: self._boot,
             CoreVerb.PAUSE: self._pause, CoreVerb.RESUME: self._resume, CoreVerb.RESET: self._reset,
@@ -117,7 +118,7 @@ class Verbs:
             "first_entry_ns": board.first_entry_ns if board else 0,
             "stages": [list(stage) for stage in machine.platform.stages()] if machine.platform else [],
             "serial": machine.serial_path(), "messages": dict(self._messages),
-            "memory_slots": machine.vm.memory_slots if machine.vm else 0,
+            "memory_slots": machine.vm.memory_slots if machine.vm else 0, "processes": self._store.processes(),
         })
 
     def _devices(self, args: dict[str, Any], reply: Reply) -> None:

@@ -75,7 +75,8 @@ def stages(found: Sequence[dict[str, object]]) -> None:
 
 def _label(entry: dict[str, object]) -> str:
     if entry.get("role") != "worker":
-        return str(entry.get("role"))
+        owner = entry.get("device")
+        return f"{entry.get('role')} ({owner})" if owner else str(entry.get("role"))
     return f"{entry.get('device')} ({entry.get('type')}, generation {entry.get('generation')})"
 
 

@@ -22,7 +22,7 @@ class Row:
     """One line of top. `cpu` in percent of a host CPU, `pss` in KiB, `latency` in us; None: nobody knows."""
 
     vm: str
-    kind: str  # vcpu, device, core, nursery, controlplane
+    kind: str  # vcpu, device, core, nursery, controlplane, or the role of a process that device `name` started
     name: str
     type: str = ""
     state: str = ""
@@ -82,7 +82,8 @@ def rows(vm: str, now: Look, before: Look | None) -> list[Row]:
         found.append(Row(vm, "device", key, device["type"], device["state"], pid,
                          share(listed.get(pid), earlier.get(pid)), listed.get(pid, {}).get("pss"), *rates,
                          max(0, device.get("generation", 1) - 1)))
-    found += [Row(vm, entry["role"], entry["role"], pid=pid, cpu=share(entry, earlier.get(pid)), pss=entry.get("pss"))
+    found += [Row(vm, entry["role"], entry.get("device", entry["role"]), pid=pid, cpu=share(entry, earlier.get(pid)),
+                  pss=entry.get("pss"))
               for pid, entry in listed.items() if pid not in workers]
     return found
 

@@ -42,7 +42,10 @@ class Host(Protocol):
         """Drop a timer."""
 
     def deposit(self, name: str, fd: int) -> None:
-        """Keep `fd` in core's store under `name`: the next incarnation gets it from take()."""
+        """Keep `fd` in core's store under `name`: the next incarnation gets it from take().
+
+        A pidfd as `process:<role>` shows a process that the device started as one of the VM's.
+        """
 
     def take(self, name: str) -> int | None:
         """Return a duplicate of a stored descriptor (a predecessor's deposit, or the user's), or None."""

@@ -28,6 +28,7 @@ FDS = "fds.sock"
 CONTROL = "control.sock"
 NURSERY = "nursery.sock"
 MAX_NURSERIES = 100
+PROCESS = "process:"  # how the name of a stored pidfd begins that shows a process as one of the VM's
 
 
 def nursery(number: int) -> str:

@@ -20,13 +20,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cellvisor.core.errors import CellvisorError, UsageError
+from cellvisor.devices.backends import passtdaemon
+from cellvisor.devices.backends.passtdaemon import NAME
 from cellvisor.devices.backends.tap import HEADER_SIZE, Tap
 
-NAME = "passt"
 MTU = 65520         # what passt itself tells guests
 SHORTEST, LONGEST = 14, 65535
 MOST = 4096         # frames that are thrown away at once
-START_SECONDS = 3.0
 BACKOFF = (0.0, 0.1, 0.5, 2.0)  # before each start that follows a failed one or an early end; the last one again
 LENGTH = struct.Struct("!I")
 _INT = struct.Struct("i")
@@ -37,8 +37,8 @@ class Passt(Tap):
 
     offloads = False
 
-    def __init__(self, fd: int, mtu: int | None = None) -> None:
-        self.fd, self.name, self.takes_several, self._mtu = fd, NAME, False, mtu
+    def __init__(self, fd: int, mtu: int | None = None, arguments: Sequence[str] = ()) -> None:
+        self.fd, self.name, self.takes_several, self._mtu, self._arguments = fd, NAME, False, mtu, arguments
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=fd)
         self._socket.setblocking(False)
         self._room = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
@@ -105,7 +105,7 @@ class Passt(Tap):
     def _again(self, host: Any, found: Callable[[], None]) -> None:
         def attempt() -> None:
             try:
-                fresh = start(self._mtu)
+                fresh, pidfd = passtdaemon.start(self._arguments)
             except CellvisorError as error:
                 host.log(str(error))
                 self._again(host, found)
@@ -113,8 +113,8 @@ class Passt(Tap):
             host.unwatch(self.fd)  # epoll knows the old one by its number
             with fresh:
                 fresh.setblocking(False)
+                passtdaemon.keep(host, fresh, pidfd)
                 os.dup2(fresh.fileno(), self.fd, inheritable=False)
-            host.deposit(NAME, self.fd)
             host.backend("found", f"another {NAME} was started")
             self._starting = False
             found()
@@ -148,11 +148,16 @@ def open_passt(options: Any, host: Any) -> Passt:
     stored = host.take(NAME)
     if stored is not None:
         if not has_ended(stored):
-            return Passt(stored, options.mtu)
+            return Passt(stored, options.mtu, arguments(options))
         os.close(stored)
-    fresh = start(options.mtu)
-    host.deposit(NAME, fresh.fileno())
-    return Passt(fresh.detach(), options.mtu)
+    fresh, pidfd = passtdaemon.start(arguments(options))
+    passtdaemon.keep(host, fresh, pidfd)
+    return Passt(fresh.detach(), options.mtu, arguments(options))
+
+
+def arguments(options: Any) -> list[str]:
+    """Return passt's arguments for a card."""
+    return ["--mtu", str(options.mtu)] if options.mtu else []
 
 
 def has_ended(fd: int) -> bool:
@@ -160,28 +165,3 @@ def has_ended(fd: int) -> bool:
     watch = select.poll()
     watch.register(fd, select.POLLRDHUP)
     return bool(watch.poll(0))
-
-
-def start(mtu: int | None) -> socket.socket:
-    """Start passt and return our end of its socket. Raises UsageError with what it says."""
-    import shutil  # not for who inherits one
-    import subprocess
-
-    program = shutil.which(NAME)
-    if program is None:
-        raise UsageError(f"no tap or fd is given, and {NAME} is not installed",
-                         hint=f"apt install {NAME}, or name a tap: tap=NAME")
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    command = [program, "--quiet", "--fd", str(theirs.fileno()), *(["--mtu", str(mtu)] if mtu else [])]
-    with theirs:
-        try:  # it goes to the background when it is ready
-            done = subprocess.run(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
-                                  stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=START_SECONDS, check=False)
-            said = [line for line in done.stderr.decode(errors="replace").splitlines() if "syslog" not in line]
-            if done.returncode == 0:
-                return ours
-            why = said[-1] if said else f"exit status {done.returncode}"
-        except (OSError, subprocess.TimeoutExpired) as error:
-            why = str(error)
-    ours.close()
-    raise UsageError(f"{NAME} does not start: {why[:200]}", hint=f"{program} --foreground says more")

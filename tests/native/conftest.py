@@ -1,5 +1,5 @@
 """Fixtures: `vm` runs the guest under cellvisor in a directory of the test's own, `disk` is a raw disk of 64 MiB,
-`network` a network namespace."""
+`network` a network namespace, `routed` one that passt can use."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 
 import pytest
 
-from tests.native import cellvisor, netns
+from tests.native import cellvisor, netns, passts
 from tests.native.guest import GuestResult, Running, make_disk
 
 
@@ -70,3 +71,11 @@ def network() -> Iterator[None]:
     """Have the test, and all that it starts, in a network namespace of its own."""
     with netns.namespace():
         yield
+
+
+@pytest.fixture
+def routed(network: None) -> Iterator[threading.Event]:
+    """Have there a way out for passt, and a host that sends back what comes, until it is set that it is enough."""
+    passts.make_route()
+    with passts.echo() as enough:
+        yield enough

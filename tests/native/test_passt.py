@@ -5,78 +5,28 @@ The guest sends numbered UDP datagrams to its gateway, which stands for the host
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
-import socket
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.debian import Missing, need
 from tests.native import netns
+from tests.native.cellvisor import runtime_dir
 from tests.native.conftest import Vm
 from tests.native.guest import needs_kvm
+from tests.native.hotplug import eventually
+from tests.native.passts import LOAD, helper, needs_passt, passts, wait_gone
 from tests.native.steer import Steer, steer
 
-try:
-    need("passt", "passt")
-    _lacking = ""
-except Missing as missing:
-    _lacking = str(missing)
-pytestmark = [pytest.mark.kvm, needs_kvm, netns.needs_tap, pytest.mark.skipif(bool(_lacking), reason=_lacking)]
-GUEST, GATEWAY, PORT = "10.9.9.2", "10.9.9.1", 7777
-LOAD = f"test=net-udp ip={GUEST} host={GATEWAY} port={PORT}"
+pytestmark = [pytest.mark.kvm, needs_kvm, netns.needs_tap, needs_passt]
 KEEPS = "restart_budget=1000,restart_window=1,restart_backoff=[0]"
-
-
-def ip(*words: str) -> None:
-    subprocess.run([need("ip", "iproute2"), *words], check=True, timeout=60)
-
-
-@pytest.fixture
-def routed(network: None) -> Iterator[threading.Event]:
-    """Have a route to nowhere, whose address the guest gets, and a UDP port that sends all back; set: it is enough."""
-    ip("link", "set", "lo", "up")
-    ip("addr", "add", f"{GUEST}/24", "dev", netns.make_tap("way0"))
-    ip("route", "add", "default", "via", GATEWAY)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as port:
-        port.bind(("127.0.0.1", PORT))
-
-        def serve() -> None:
-            while True:
-                data, sender = port.recvfrom(70000)
-                if not data:
-                    return
-                port.sendto(bytes(8) + data[8:] if enough.is_set() else data, sender)
-
-        enough = threading.Event()
-        thread = threading.Thread(target=serve, name="echo")
-        thread.start()
-        try:
-            yield enough
-        finally:
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as last:
-                last.sendto(b"", ("127.0.0.1", PORT))
-            thread.join(10)
-
-
-def passts() -> set[int]:
-    """Return the passt processes of this network namespace; zombies do not count."""
-    ours, found = os.stat("/proc/thread-self/ns/net").st_ino, set()
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdecimal() and (entry / "comm").read_text().startswith("passt") \
-                    and (entry / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX" \
-                    and os.stat(entry / "ns/net").st_ino == ours:
-                found.add(int(entry.name))
-        except OSError:
-            pass  # it is gone
-    return found
 
 
 def wait_back(vmm: Steer, more: int) -> None:
@@ -87,13 +37,6 @@ def wait_back(vmm: Steer, more: int) -> None:
     wanted, end = back() + more, time.monotonic() + 60
     while back() < wanted:
         assert time.monotonic() < end, vmm.running.text[-500:]
-        time.sleep(0.02)
-
-
-def wait_gone() -> None:
-    end = time.monotonic() + 30
-    while passts():
-        assert time.monotonic() < end, "passt outlives its VM"
         time.sleep(0.02)
 
 
@@ -134,6 +77,47 @@ def test_another_passt_follows_one_that_died(vm: Vm, routed: threading.Event) ->
         assert vmm.device("net")["state"] == "serving"
         vmm.running.stop()
     wait_gone()
+
+
+def show(vm: Vm, *words: str) -> str:
+    """Return what `cellvisor` prints for these words."""
+    program = str(Path(sys.executable).with_name("cellvisor"))
+    return subprocess.run([program, *words], check=True, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "XDG_RUNTIME_DIR": runtime_dir(vm.where)}).stdout
+
+
+def test_passt_is_one_of_the_vm_s_processes(vm: Vm, routed: threading.Event) -> None:
+    with steer(vm, f"{LOAD} count=100M", extra=["--net", f"mtu=1500,id=lan,{KEEPS}"]) as vmm:
+        vmm.running.wait_for("back=16")
+        (passt,) = passts()
+        told = helper(vmm.client)
+        assert (told["pid"], told["device"], told["parent"]) == (passt, "lan", vmm.device("net")["pid"])
+        assert told["pss"] > told["pss_shmem"] == 0
+        assert told["cpu"] >= 0
+        vmm.mark()
+        os.kill(passt, signal.SIGKILL)
+        vmm.wait("backend.found")
+        assert {helper(vmm.client)["pid"]} == passts() != {passt}
+        eventually(lambda: not Path(f"/proc/{passt}").exists(), "nothing left of the one that was killed")
+        before = vmm.signal("net")
+        vmm.wait("device.restarted")
+        assert {helper(vmm.client)["pid"]} == passts()
+        assert helper(vmm.client)["parent"] == vmm.device("net")["pid"] != before
+        (line,) = [line for line in show(vm, "tree").splitlines() if "passt" in line]
+        assert re.search(r"passt \(lan\) +\d+ +\d+\.\d +0\.0$", line)
+        (row,) = [row for row in json.loads(show(vm, "top", "--json"))["rows"] if row["kind"] == "passt"]
+        assert (row["name"], row["pid"]) == ("lan", helper(vmm.client)["pid"])
+        vmm.running.stop()
+    wait_gone()
+
+
+def test_passt_ends_with_core(vm: Vm, routed: threading.Event) -> None:
+    with steer(vm, f"{LOAD} count=100M", extra=["--net", "mtu=1500"]) as vmm:
+        vmm.running.wait_for("back=16")
+        assert len(passts()) == 1
+        os.kill(vmm.pid("core"), signal.SIGKILL)
+        wait_gone()
+        assert vmm.running.finish().status == 1
 
 
 def test_a_host_without_a_route_is_told_of(vm: Vm, network: None) -> None:

@@ -236,14 +236,16 @@ def test_tables_and_trees(capsys: pytest.CaptureFixture[str]) -> None:
         {"role": "nursery", "pid": 3, "parent": 1, "pss": 1024, "pss_shmem": 0},
         {"role": "worker", "pid": 4, "parent": 3, "pss": 512, "pss_shmem": 256, "device": "d", "type": "blk",
          "generation": 1},
+        {"role": "passt", "pid": 5, "parent": 4, "pss": 1024, "pss_shmem": 0, "device": "d"},
         {"role": "core", "pid": 2, "parent": 1},
     ])
     out = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in out[:4]] == ["PROCESS", "controlplane", "├─ nursery", "│"]
     assert out[3].lstrip("│ ").startswith("└─ d (blk, generation 1)")
-    assert out[4].startswith("└─ core")
-    assert out[4].split()[-2:] == ["?", "?"]
-    assert out[5].split() == ["total", "3.5", "0.2"]
+    assert out[4].lstrip("│ ").startswith("└─ passt (d) ")
+    assert out[5].startswith("└─ core")
+    assert out[5].split()[-2:] == ["?", "?"]
+    assert out[6].split() == ["total", "4.5", "0.2"]
 
 
 def test_a_terminal_gets_rich(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

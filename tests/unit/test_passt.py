@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 
 from cellvisor.core.errors import UsageError
 from cellvisor.core.wire.options import build
-from cellvisor.devices.backends import passt
+from cellvisor.devices.backends import passt, passtdaemon
 from cellvisor.devices.backends.passt import LENGTH, LONGEST, Passt
 from cellvisor.devices.virtio.net import Net
 from tests.fakes.host import FakeHost
@@ -98,15 +98,16 @@ def test_another_one_follows_after_ever_longer_waits(monkeypatch: pytest.MonkeyP
     host, started = FakeHost(), list[socket.socket]()
     monkeypatch.setattr(passt, "BACKOFF", (0.0, 0.01))
 
-    def start(mtu: int | None) -> socket.socket:
+    def start(arguments: Sequence[str]) -> tuple[socket.socket, int]:
+        assert arguments == ["--mtu", "1400"]
         ours, theirs = socket.socketpair()
         started.append(theirs)
         if len(started) in (2, 3):
             ours.close()
             raise UsageError("passt does not start: no reason")
-        return ours
+        return ours, -1
 
-    monkeypatch.setattr(passt, "start", start)
+    monkeypatch.setattr(passtdaemon, "start", start)
     one = passt.open_passt(build(Net.Options, {"mtu": 1400}), host)
     assert one.mtu == 1400
     started[0].close()

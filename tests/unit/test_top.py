@@ -22,7 +22,8 @@ from cellvisor.ctl.sampling import Look, Row, Sampler, Snapshot
 def look(moment: float, cpu: float, counters: dict[str, int], generation: int = 1) -> Look:
     info = {"state": "Running", "core": {"vcpus": [{"cpu": 2 * cpu}, {}]},
             "processes": [{"role": "core", "pid": 1, "pss": 9, "cpu": cpu},
-                          {"role": "worker", "pid": 2, "pss": 3, "cpu": cpu}]}
+                          {"role": "worker", "pid": 2, "pss": 3, "cpu": cpu},
+                          {"role": "passt", "device": "d", "pid": 3, "pss": 7, "cpu": 2 * cpu}]}
     device = {"id": "d", "type": "blk", "state": "serving", "pid": 2, "generation": generation}
     return Look(moment, info, [device], {"d": counters})
 
@@ -30,8 +31,11 @@ def look(moment: float, cpu: float, counters: dict[str, int], generation: int = 
 def test_rates_are_per_second_between_two_looks() -> None:
     before = look(10.0, 1.0, {"read_ops": 5, "write_ops": 0, "read_bytes": 4096, "busy_us": 100})
     now = look(12.0, 1.5, {"read_ops": 15, "write_ops": 10, "read_bytes": 4096 * 11, "busy_us": 500}, 3)
-    found = {row.name: row for row in sampling.rows("web", now, before)}
+    *listed, helper = sampling.rows("web", now, before)
+    found = {row.name: row for row in listed}
     assert list(found) == ["vcpu0", "vcpu1", "d", "core"]
+    assert helper == Row("web", "passt", "d", pid=3, cpu=50.0, pss=7)
+    assert toptable.cells(helper)[1:3] == ("d", "passt")
     assert (found["vcpu0"].cpu, found["vcpu0"].state, found["vcpu1"].cpu) == (50.0, "running", None)
     assert found["d"] == Row("web", "device", "d", "blk", "serving", 2, 25.0, 3, 10.0, 20480.0, 20.0, 2)
     assert (found["core"].cpu, found["core"].pss, found["core"].iops) == (25.0, 9, None)

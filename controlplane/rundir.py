@@ -152,8 +152,9 @@ def _own_directory(path: str) -> None:
     except (FileExistsError, NotADirectoryError):
         raise UsageError(f"{path} is not a directory", hint="remove it or set XDG_RUNTIME_DIR") from None
     except OSError as error:
-        raise UsageError(f"cannot make run directory {path}: {error.strerror}",
-                         hint="set XDG_RUNTIME_DIR to a directory of yours") from None
+        given = os.environ.get("XDG_RUNTIME_DIR", "")
+        raise UsageError(f"XDG_RUNTIME_DIR={given}: cannot make run directory {path}: {error.strerror}",
+                         hint="set it to a directory of yours") from None
 
 
 def _empty(path: str) -> None:

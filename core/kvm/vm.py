@@ -5,7 +5,9 @@ A guest reset throws the VM away and makes a new one (linux/kvm.h; Documentation
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
 
 from cellvisor.core._native import _native
 from cellvisor.core.errors import Internal, UsageError
@@ -30,11 +32,11 @@ class Kvm:
         """Open and check. Raises UsageError saying what the user can do."""
         try:
             self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            hint = "load kvm_intel or kvm_amd, or enable it in the firmware"
-            raise UsageError(f"{path}: not there", hint=hint) from None
         except OSError as error:
-            raise UsageError(f"{path}: {error.strerror}", hint="add your user to the group that owns it") from None
+            hint = "load kvm_intel or kvm_amd, or enable it in the firmware"
+            if isinstance(error, PermissionError):
+                hint = _how_to_open(path)
+            raise UsageError(f"{path}: {error.strerror}", hint=hint) from None
         version = check(lib.cv_ioctl(self.fd, lib.KVM_GET_API_VERSION, 0), "KVM_GET_API_VERSION")
         if version != API_VERSION:
             raise UsageError(f"{path}: API version {version}, not {API_VERSION}", hint="update the kernel")
@@ -52,6 +54,17 @@ class Kvm:
     def close(self) -> None:
         """Close /dev/kvm."""
         os.close(self.fd)
+
+
+def _how_to_open(path: str) -> str:
+    """Say how this user gets to open it: through the group that may, if there is one."""
+    import grp  # not for who is not refused
+
+    status = os.stat(path)
+    if status.st_gid and status.st_mode & stat.S_IWGRP:
+        with contextlib.suppress(KeyError):
+            return f"sudo usermod -aG {grp.getgrgid(status.st_gid).gr_name} $USER, and log in again"
+    return f"sudo setfacl -m u:$USER:rw {path}"
 
 
 class Vm:

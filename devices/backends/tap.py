@@ -120,12 +120,15 @@ def is_gone(fd: int) -> bool:
     return False
 
 
-def open_queues(name: str | None, count: int) -> list[Tap]:
-    """Open `count` queues of tap `name`, which is made if it is not there. Raises UsageError or Conflict."""
+def open_queues(name: str | None, count: int, given: str) -> list[Tap]:
+    """Open `count` queues of tap `name`, which is made if it is not there.
+
+    Raises UsageError or Conflict, with `given` as the key and value to blame.
+    """
     taps: list[Tap] = []
     try:
         for _ in range(count):
-            taps.append(_open(taps[0].name if taps else name or PATTERN, count > 1, f"tap={name or PATTERN}"))
+            taps.append(_open(taps[0].name if taps else name or PATTERN, count > 1, given))
     except BaseException:
         for tap in taps:
             tap.close()
@@ -150,7 +153,7 @@ def _open(name: str, multi: bool, given: str) -> Tap:
         return Tap(fd, given)
     except OSError as error:
         os.close(fd)
-        raise _refusal(error, given, there) from None
+        raise _refusal(error, given, name, there, multi) from None
     except BaseException:
         os.close(fd)
         raise
@@ -167,15 +170,27 @@ def _attach(fd: int, name: str, flags: int) -> None:
     fcntl.ioctl(fd, abi.TUNSETIFF, abi.IFREQ_FLAGS.pack(name.encode(), flags))
 
 
-def _refusal(error: OSError, given: str, there: bool) -> Conflict | UsageError:
+def _refusal(error: OSError, given: str, name: str, there: bool, multi: bool) -> Conflict | UsageError:
     if error.errno == errno.EBUSY:
         return Conflict(f"{given}: is used by another process", hint="give each card a tap of its own")
     if error.errno == errno.EINVAL and there:
         return UsageError(f"{given}: is not a tap, or has a single queue", hint="ip tuntap add mode tap multi_queue")
     if error.errno in (errno.EPERM, errno.EACCES):
-        what = "belongs to somebody else" if there else "does not exist, and making it needs CAP_NET_ADMIN"
-        return UsageError(f"{given}: {what}", hint="ip tuntap add mode tap user NAME makes one for a user")
+        if name == PATTERN:
+            key = given.partition("=")[0]
+            return UsageError(f"{given}: a new tap needs CAP_NET_ADMIN", hint=f"{_how_to_make('tap0', multi)}, and "
+                              f"write tap=tap0 instead; without {key}= the guest is on passt")
+        if there:
+            return UsageError(f"{given}: belongs to somebody else", hint=f"one of your own: "
+                              f"{_how_to_make('NAME', multi)}; without tap= the guest is on passt")
+        return UsageError(f"{given}: does not exist, and making it needs CAP_NET_ADMIN",
+                          hint=f"{_how_to_make(name, multi)}; without tap= the guest is on passt")
     return UsageError(f"{given}: {error.strerror}")
+
+
+def _how_to_make(name: str, multi: bool) -> str:
+    several = " multi_queue" if multi else ""
+    return f"sudo ip tuntap add {name} mode tap user $USER{several} && sudo ip link set {name} up"
 
 
 def parse_mac(key: str, text: str) -> bytes:

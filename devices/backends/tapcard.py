@@ -97,7 +97,7 @@ def open_taps(options: Any, host: Any) -> list[Tap]:
         from cellvisor.devices.backends import tapsetup  # not for who inherits a tap
 
         address = tapsetup.parse_address(options.ip, options.mask) if options.ip is not None else None
-        taps = open_queues(options.tap or None, count)
+        taps = open_queues(options.tap or None, count, _given(options))
         tapsetup.set_up(taps[0].name, address, options.mtu,
                         None if options.host_mac is None else parse_mac("host_mac", options.host_mac))
         for index, queue in enumerate(taps):
@@ -107,6 +107,12 @@ def open_taps(options: Any, host: Any) -> list[Tap]:
         for fd in [*stored, *(queue.fd for queue in taps)]:
             os.close(fd)
         raise
+
+
+def _given(options: Any) -> str:
+    """Return the key and value that ask for the tap."""
+    keys = [key for key in ("tap", "ip", "host_mac") if getattr(options, key) is not None]
+    return f"{keys[0]}={getattr(options, keys[0])}"
 
 
 def filled(options: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import ipaddress
 import socket
@@ -44,21 +45,24 @@ def set_up(name: str, address: Address | None = None, mtu: int | None = None, ma
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
         if mac is not None:
             _do(control, f"host_mac={mac.hex(':')}", abi.SIOCSIFHWADDR,
-                abi.IFREQ_ADDRESS.pack(label, abi.ETHERNET, mac))
+                abi.IFREQ_ADDRESS.pack(label, abi.ETHERNET, mac),
+                f"sudo ip link set {name} address {mac.hex(':')}, and leave host_mac= out")
         if mtu is not None and _get(control, abi.SIOCGIFMTU, label, abi.IFREQ_INT) != mtu:
-            _do(control, f"mtu={mtu}", abi.SIOCSIFMTU, abi.IFREQ_INT.pack(label, mtu))
+            _do(control, f"mtu={mtu}", abi.SIOCSIFMTU, abi.IFREQ_INT.pack(label, mtu),
+                f"sudo ip link set {name} mtu {mtu}")
         if isinstance(address, ipaddress.IPv4Interface):
             for key, value, request in (("ip", address.ip, abi.SIOCSIFADDR),
                                         ("mask", address.netmask, abi.SIOCSIFNETMASK)):
                 raw = abi.IFREQ_ADDRESS.pack(label, socket.AF_INET, b"\0\0" + value.packed)
-                _do(control, f"{key}={value}", request, raw)
+                _do(control, f"{key}={value}", request, raw, _for_address(name, address))
         flags = _get(control, abi.SIOCGIFFLAGS, label, abi.IFREQ_FLAGS)
         if not flags & abi.IFF_UP:
-            _do(control, f"tap={name}", abi.SIOCSIFFLAGS, abi.IFREQ_FLAGS.pack(label, flags | abi.IFF_UP))
+            _do(control, f"tap={name}: it is down", abi.SIOCSIFFLAGS, abi.IFREQ_FLAGS.pack(label, flags | abi.IFF_UP),
+                f"sudo ip link set {name} up")
     if isinstance(address, ipaddress.IPv6Interface):
         with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as control:
             raw = abi.IN6_IFREQ.pack(address.ip.packed, address.network.prefixlen, socket.if_nametoindex(name))
-            _do(control, f"ip={address.ip}", abi.SIOCSIFADDR, raw)
+            _do(control, f"ip={address.ip}", abi.SIOCSIFADDR, raw, _for_address(name, address))
 
 
 def _get(control: socket.socket, request: int, label: bytes, layout: struct.Struct) -> int:
@@ -66,8 +70,14 @@ def _get(control: socket.socket, request: int, label: bytes, layout: struct.Stru
     return int(layout.unpack(raw)[1])
 
 
-def _do(control: socket.socket, given: str, request: int, raw: bytes) -> bytes:
+def _for_address(name: str, address: Address) -> str:
+    return f"sudo ip addr add {address} dev {name}, and leave ip= and mask= out"
+
+
+def _do(control: socket.socket, given: str, request: int, raw: bytes, by_root: str = "") -> bytes:
     try:
         return fcntl.ioctl(control, request, raw)
     except OSError as error:
+        if error.errno == errno.EPERM:
+            raise UsageError(f"{given}: changing that needs CAP_NET_ADMIN", hint=by_root) from None
         raise UsageError(f"{given}: the host refuses it: {error.strerror}") from None

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 MAX_SERVING = 256
 QUEUE = 1000
+FAR_QUEUE = 100  # answers that wait for a client who does not read
 LINGER_MS = 500  # the answer to "shutdown" is still on its way when we close
 
 
@@ -75,6 +76,7 @@ class Api:
 
         gate = self._gate = Gate(self._context, text)
         door, publisher = self._sockets()
+        door.setsockopt(zmq.SNDHWM, FAR_QUEUE)
         try:
             gate.bind(door, gate.remote.port, rundir.file(places.TCP))
             gate.bind(publisher, gate.remote.events, rundir.file(places.TCP_EVENTS))

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cellvisor import __version__
-from cellvisor.controlplane import lifeverbs, logtail, plugverbs, ratelimit, report, swap, upgrade
+from cellvisor.controlplane import lifeverbs, logtail, plugverbs, ratelimit, relay, report, swap, upgrade
 from cellvisor.core.errors import CellvisorError, Conflict, NotFound, TryAgain
 from cellvisor.core.wire.control import VERBS, Request
 from cellvisor.core.wire.messages import CoreVerb
@@ -31,7 +31,8 @@ class Verbs:
         change = self._change
         self._serving: dict[str, Callable[..., Awaitable[Any]]] = {
             "ping": self._ping, "info": self._info, "devices": self._devices, "events": self._events,
-            "logs": partial(logtail.serve, vm), "pause": change(CoreVerb.PAUSE), "resume": change(CoreVerb.RESUME),
+            "logs": partial(logtail.serve, vm), "console": relay.Relay(vm).serve,
+            "pause": change(CoreVerb.PAUSE), "resume": change(CoreVerb.RESUME),
             "reset": change(CoreVerb.RESET), "power-button": change(CoreVerb.POWER_BUTTON),
             "restart-device": self._restart_device, "drain-device": self._drain_device,
             "nmi": change(CoreVerb.NMI), **lifeverbs.table(vm, self._turn), **plugverbs.table(vm),

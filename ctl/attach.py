@@ -3,42 +3,63 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import select
 import socket
 import termios
 import tty
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from cellvisor.core.errors import CellvisorError, NotFound
+from cellvisor.core.errors import CellvisorError, Conflict, NotFound
 
 ESCAPE = b"\x1d"  # Ctrl-]
 CHUNK = 1 << 16
+TICK_MS = 250  # until the window's size is looked at again
 
 
-def attach(kind: str, path: str, stdin: int = 0, stdout: int = 1) -> str:
-    """Copy until Ctrl-], the end of stdin, or the console's end; returns which one it was, as a sentence."""
+def attach(kind: str, path: str, stdin: int = 0, stdout: int = 1,
+           resized: Callable[[int, int], None] = lambda columns, rows: None) -> str:
+    """Copy until Ctrl-], the end of stdin, or the console's end; returns which one it was, as a sentence.
+
+    `resized` is told the size of the terminal (columns, rows), and each other one that it gets.
+    """
     try:
         fd = _open(kind, path)
     except OSError as error:
         raise NotFound(f"{path}: {error.strerror}", hint="is somebody else attached?") from None
     try:
-        with _raw(stdin):
-            return _copy(fd, stdin, stdout)
+        with raw(stdin):
+            return _copy(fd, stdin, stdout, resized)
     finally:
         os.close(fd)
 
 
+def size(fd: int) -> tuple[int, int] | None:
+    """Return (columns, rows) of a terminal, None for what is none or does not know."""
+    try:
+        found = os.get_terminal_size(fd)
+    except OSError:
+        return None
+    return (found.columns, found.lines) if found.columns and found.lines else None
+
+
 def _open(kind: str, path: str) -> int:
     if kind == "pty":
-        return os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # two readers would get half of the bytes each
+        except BlockingIOError:
+            os.close(fd)
+            raise Conflict(f"{path}: somebody else is attached", hint="who leaves with Ctrl-]") from None
+        return fd
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.connect(path)
         return sock.detach()
 
 
 @contextlib.contextmanager
-def _raw(fd: int) -> Iterator[None]:
+def raw(fd: int) -> Iterator[None]:
     """Pass every key on; nothing to do if `fd` is no terminal."""
     if not os.isatty(fd):
         yield
@@ -51,12 +72,17 @@ def _raw(fd: int) -> Iterator[None]:
         termios.tcsetattr(fd, termios.TCSADRAIN, saved)
 
 
-def _copy(fd: int, stdin: int, stdout: int) -> str:
+def _copy(fd: int, stdin: int, stdout: int, resized: Callable[[int, int], None]) -> str:
+    last: tuple[int, int] | None = None
     poll = select.poll()
     for source in (fd, stdin):
         poll.register(source, select.POLLIN)
     while True:
-        for ready, _ in poll.poll():
+        now = size(stdin)
+        if now is not None and now != last:
+            last = now
+            resized(*now)
+        for ready, _ in poll.poll(TICK_MS if now is not None else None):
             try:
                 data = os.read(ready, CHUNK)
             except OSError as error:  # a pty whose other end is gone says EIO
@@ -66,11 +92,11 @@ def _copy(fd: int, stdin: int, stdout: int) -> str:
             if ready == fd:
                 if not data:
                     return "the console was closed"
-                _write(stdout, data)
+                write(stdout, data)
                 continue
             keys, escape, _ = data.partition(ESCAPE)
             try:
-                _write(fd, keys)
+                write(fd, keys)
             except OSError:
                 return "the console was closed"
             if escape:
@@ -79,6 +105,7 @@ def _copy(fd: int, stdin: int, stdout: int) -> str:
                 return "stdin ended"
 
 
-def _write(fd: int, data: bytes) -> None:
+def write(fd: int, data: bytes) -> None:
+    """Write all of it. Raises OSError."""
     while data:
         data = data[os.write(fd, data):]

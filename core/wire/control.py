@@ -51,6 +51,19 @@ class LogsArgs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ConsoleArgs:
+    """What `console` takes. `read` answers {data, next, lost, closed}, `write` {written}; data is base64."""
+
+    action: str = option("read", help="what to do", choices=("read", "write", "resize"))
+    id: str | None = option(None, help="which console, the first that is a pty or a socket if none is named")
+    since: int = option(-1, help="read: what the last answer called next", min=-1)
+    timeout: float = option(2.0, help="seconds to wait for a byte, or for room for one", min=0, max=60)
+    data: str = option("", help="write: what is typed", length=8192)
+    columns: int = option(80, help="resize: how wide the terminal is", min=1, max=65535)
+    rows: int = option(25, help="resize: how high the terminal is", min=1, max=65535)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectArgs:
     """Any object: the verb itself knows the keys, which depend on the device types there are."""
 
@@ -140,6 +153,7 @@ _TABLE = (
     Verb("events", "return the latest events; new ones are published on events.sock", EventsArgs, reads=True,
          empty=True),
     Verb("logs", "tell what is in the log of all processes, in pieces", LogsArgs, reads=True, empty=True),
+    Verb("console", "read from, type at, or resize a console that is a pty or a socket", ConsoleArgs, answers=True),
     Verb("pause", "stop the vCPUs and quiesce every device", path="vm.pause"),
     Verb("resume", "go on after a pause", path="vm.resume"),
     Verb("reset", "reset the machine as its reset button would"),
@@ -232,8 +246,10 @@ def check_args(verb: Verb, args: object) -> dict[str, Any]:
 
 def repeats(name: str, args: Mapping[str, Any]) -> bool:
     """Tell whether asking twice is as good as asking once."""
+    if name in ("ops", "console"):
+        return args.get("action") not in ("cancel", "write")
     verb = VERBS.get(name)
-    return args.get("action") != "cancel" if name == "ops" else verb is not None and verb.reads
+    return verb is not None and verb.reads
 
 
 def request_id(body: Mapping[str, Any]) -> str | None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from functools import partial
 
-from cellvisor.core.errors import NotFound
 from cellvisor.ctl import common
 
 HELP = "Attach this terminal to a console that is a pty or a socket; Ctrl-] leaves."
 EXAMPLE = "cellvisor console web --device serial"
-PORTS = {"__console": "console", "__serial": "serial"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,40 +19,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Find where it is, then copy both ways."""
+    """Find where it is, then copy both ways: by ourselves, or through the API of a VM on another machine."""
+    from cellvisor.core.wire import ports
     from cellvisor.ctl.client import Client
 
     with Client(options.vm) as client:
-        if client.is_remote:
-            raise NotFound(f"{client.name}: its consoles are on its own machine", hint="attach there")
-        found = places(client.call("info")["config"])
-        name = client.name
-    key = next((key for key, plain in PORTS.items() if plain == options.device), options.device)
-    if key is None:
-        key = next(iter(found), "console")
-    if key not in found:
-        known = f"there are: {', '.join(PORTS.get(one, one) for one in found)}" if found else \
-            "start the VM with --console pty, --serial pty or socket=PATH"
-        raise NotFound(f"{name}: {PORTS.get(key, key)} is neither a pty nor a socket", hint=known)
-    kind, path = found[key]
-    if options.json:
-        return common.show_json({"device": key, "kind": kind, "path": path})
-    from cellvisor.ctl import attach
+        key, (kind, path) = ports.choose(client.call("info")["config"], options.device, client.name)
+        if options.json:
+            return common.show_json({"device": key, "kind": kind, "path": path})
+        from cellvisor.ctl import attach
 
-    print(f"{PORTS.get(key, key)} of {name} at {path}; Ctrl-] leaves", file=sys.stderr)
-    why = attach.attach(kind, path)
+        print(f"{ports.PLAIN.get(key, key)} of {client.name} at {path}; Ctrl-] leaves", file=sys.stderr)
+        if client.is_remote:
+            from cellvisor.ctl.farconsole import FarConsole
+
+            why = FarConsole(client, key).run()
+        else:
+            why = attach.attach(kind, path, resized=partial(_tell_size, options.vm, key))
     print(f"\n{why}", file=sys.stderr)
     return 0
 
 
-def places(config: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """Return device -> ("pty" or "socket", path) of every console that can be attached to."""
-    ports = [("__console", config.get("console") or {}), ("__serial", config.get("serial") or {})]
-    ports += [(str(entry.get("id")), entry) for entry in config.get("virtio", ()) if entry.get("mode")]
-    found = {}
-    for key, port in ports:
-        mode = str(port.get("mode", "")).lower()
-        path = port.get("file") if mode == "pty" else port.get("socket") if mode == "socket" else None
-        if path:
-            found[key] = (mode, str(path))
-    return found
+def _tell_size(vm: str | None, device: str, columns: int, rows: int) -> None:
+    """Have the guest learn it, if the VM can be asked just now; the copying does not wait for that."""
+    from cellvisor.ctl.client import Client
+    from cellvisor.ctl.errand import Errand
+
+    def tell() -> None:
+        with Client(vm, timeout=5.0) as client:
+            client.call("console", action="resize", id=device, columns=columns, rows=rows)
+
+    Errand(tell)

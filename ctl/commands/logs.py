@@ -49,7 +49,7 @@ def _far_lines(client: Client, options: argparse.Namespace) -> Iterator[str]:
         except TryAgain as error:
             if not options.follow or client.is_alive():
                 raise
-            print(f"{error.message}: trying again (Ctrl-C ends)", file=sys.stderr)
+            print(f"{error.message}; trying again, Ctrl-C ends", file=sys.stderr)
             client.connect_again()
             continue
         args = {"since": piece["next"]}

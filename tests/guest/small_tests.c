@@ -42,7 +42,8 @@ void test_rng(void)
             "not random: %lu of %lu bits set", ones, got * 8);
 }
 
-/* test=console: write `text=` (underscores are spaces) `repeat=` times, `numbered=1` with seven digits before it, then echo `lines=` lines of input back upper-cased. */
+/* test=console: write `text=` (underscores are spaces) `repeat=` times, `numbered=1` with seven digits before it, then echo `lines=` lines of input back
+ * upper-cased, telling the size of the terminal after each. */
 void test_console(void)
 {
     struct virtio console = {0};
@@ -77,7 +78,10 @@ void test_console(void)
                 continue;
             transfer(&console.queues[1], buffer, (uint32_t)filled, false);
             buffer[filled - 1] = 0;
-            print("line.%lu=%s\n", line++, buffer);
+            print("line.%lu=%s\n", line, buffer);
+            if (console.features & 1)
+                print("size.%lu=%lux%lu\n", line, virtio_config(&console, 0, 2), virtio_config(&console, 2, 2));
+            line++;
             filled = 0;
         }
     }

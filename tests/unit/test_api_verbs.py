@@ -119,7 +119,7 @@ ARGS: dict[str, dict[str, Any]] = {
     "set-link": {"id": "_disk0", "link": "up"}, "drain-device": {"id": "_disk0"}, "upgrade-device": {"id": "_disk0"},
 }
 ENDING = ("shutdown", "shutdown-vmm", "delete")
-WRONG = {"restart-device": 409, "set-link": 400, "drain-device": 409, "create": 409, "boot": 409}
+WRONG = {"console": 404, "restart-device": 409, "set-link": 400, "drain-device": 409, "create": 409, "boot": 409}
 
 
 def is_silent(verb: Verb) -> bool:

@@ -17,10 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from cellvisor.core.errors import NotFound
-from cellvisor.core.wire import places
+from cellvisor.core.errors import Conflict, NotFound
+from cellvisor.core.wire import places, ports
 from cellvisor.ctl import attach, client, dispatch
-from cellvisor.ctl.commands import console
 
 RUN = Path(__file__).parents[1] / "fakes" / "control_run.py"
 
@@ -97,9 +96,9 @@ def test_which_consoles_can_be_attached_to() -> None:
     config = {"console": {"mode": "Pty", "file": "/dev/pts/1"}, "serial": {"mode": "Socket", "socket": "/tmp/s"},
               "virtio": [{"id": "c2", "type": "console", "mode": "socket", "socket": "/tmp/t"},
                          {"id": "r", "type": "rng", "src": "x"}, {"id": "c3", "mode": "file", "file": "/tmp/f"}]}
-    assert console.places(config) == {
+    assert ports.attachable(config) == {
         "__console": ("pty", "/dev/pts/1"), "__serial": ("socket", "/tmp/s"), "c2": ("socket", "/tmp/t")}
-    assert console.places({"console": {"mode": "Off"}, "serial": {"mode": "Null"}}) == {}
+    assert ports.attachable({"console": {"mode": "Off"}, "serial": {"mode": "Null"}}) == {}
 
 
 class Attached:
@@ -108,9 +107,11 @@ class Attached:
     def __init__(self, kind: str, path: str) -> None:
         self.keys, self.terminal = pty.openpty()
         self.before = termios.tcgetattr(self.terminal)
+        termios.tcsetwinsize(self.terminal, (30, 100))
         self.said: list[str] = []
-        self._thread = threading.Thread(
-            target=lambda: self.said.append(attach.attach(kind, path, self.terminal, self.terminal)))
+        self.sizes: list[tuple[int, int]] = []
+        self._thread = threading.Thread(target=lambda: self.said.append(attach.attach(
+            kind, path, self.terminal, self.terminal, lambda columns, rows: self.sizes.append((columns, rows)))))
         self._thread.start()
 
     def is_raw(self) -> bool:
@@ -143,6 +144,12 @@ def test_a_pty_is_copied_both_ways_until_the_escape_key() -> None:
     assert read(guest, 4) == b"a\x03\x04\r"
     os.write(guest, b"hello\r\n")
     assert read(attached.keys, 7) == b"hello\r\n"
+    with pytest.raises(Conflict, match="somebody else is attached"):
+        attach.attach("pty", os.ttyname(console_end))
+    termios.tcsetwinsize(attached.terminal, (24, 80))
+    while len(attached.sizes) < 2:
+        time.sleep(0.01)
+    assert attached.sizes == [(100, 30), (80, 24)]
     os.write(attached.keys, b"z\x1dnot sent")
     assert read(guest, 1) == b"z"
     assert attached.end() == "left"

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,14 @@ def path() -> str:
 def names() -> list[str]:
     """Return the names of all. Raises UsageError for a file that is wrong."""
     return sorted(_table())
+
+
+def besides(here: Collection[str]) -> tuple[list[str], str]:
+    """Return the names that no VM `here` has, and what is wrong with the file, which hides nothing of this machine."""
+    try:
+        return [name for name in names() if name not in here], ""
+    except UsageError as error:
+        return [], str(error)
 
 
 def find(name: str) -> Remote | None:

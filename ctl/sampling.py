@@ -9,11 +9,13 @@ from typing import Any
 
 from cellvisor.core.errors import CellvisorError, NotFound
 from cellvisor.core.wire import places
+from cellvisor.ctl import remotes
 from cellvisor.ctl.client import Client
 from cellvisor.ctl.errand import Errand
 
 PATIENCE = 5.0  # seconds for an answer
 OPERATIONS = ("_ops", "requests", "_frames", "_packets")  # how counters of operations end
+NOBODY = "vm"
 STATES_OF_NOBODY = ("dead", "parked", "failed", "ended")
 
 
@@ -102,7 +104,7 @@ def _rates(new: Mapping[str, int], old: Mapping[str, int] | None,
 
 
 class Sampler:
-    """Looks at one VM, or at all that run. Not to be shared between threads; close() it."""
+    """Looks at one VM, or at all that run here or are in remotes.toml. Not to be shared between threads; close() it."""
 
     def __init__(self, where: str | None, *, everyone: bool) -> None:
         self._everyone, self._where, self._name = everyone, where, ""
@@ -110,6 +112,9 @@ class Sampler:
         self._clients: dict[str, Client] = {}
         self._asked: dict[str, Errand[Look]] = {}  # a VM that does not answer is not asked again meanwhile
         self._before: dict[str, Look] = {}
+        self._wrong = ""  # with remotes.toml
+        self._far: list[str] = []   # VMs on other machines
+        self._late: set[str] = set()  # who kept us waiting last time: the others do not wait for them again
 
     def sample(self, patience: float = PATIENCE) -> Snapshot:
         """Look once more, for at most `patience` seconds. Raises NotFound ("no-vm") if the VM named is gone."""
@@ -119,7 +124,8 @@ class Sampler:
         for name in asked:
             self._asked[name] = Errand(lambda name=name: self._look(name))  # type: ignore[misc]
         for name in asked:
-            self._asked[name].wait(until)
+            if name not in self._late:
+                self._asked[name].wait(until)
         states: dict[str, str] = {}
         errors: dict[str, str] = {}
         found: list[Row] = []
@@ -127,26 +133,35 @@ class Sampler:
             states[name] = "?"
             if not self._asked[name].wait(0.0):
                 errors[name] = "no answer"
+                self._late.add(name)
                 continue
             try:
                 now = self._asked.pop(name).answer()
             except CellvisorError as error:
                 self._drop(name)
-                if error.code != "no-vm":
-                    errors[name] = str(error)
+                if error.code != "no-vm" or name in self._far:
+                    errors[name] = str(error).removeprefix(f"{name}: ")
+                    self._late.add(name)
                 elif self._everyone:
                     del states[name]
                 else:
                     raise
                 continue
+            self._late.discard(name)
             states[name] = now.info["state"]
             found += rows(name, now, self._before.get(name))
             self._before[name] = now
+        if self._everyone:
+            found += [Row(name, NOBODY, "-", state="no answer") for name in errors if name in states]
+            if self._wrong:
+                errors["remotes.toml"] = self._wrong
         return Snapshot(states, found, errors)
 
     def _names(self) -> list[str]:
         if self._everyone:
-            alive = list(places.running())
+            here = places.running()
+            self._far, self._wrong = remotes.besides(here)
+            alive = [*here, *self._far]
             for gone in {*self._clients, *self._asked} - set(alive):
                 if gone not in self._asked or self._asked[gone].wait(0.0):
                     self._asked.pop(gone, None)
@@ -159,7 +174,9 @@ class Sampler:
 
     def where(self, name: str) -> str | None:
         """Return what to give to Client() for a VM that was seen."""
-        return name if self._everyone else self._where
+        if not self._everyone:
+            return self._where
+        return name if name in self._far else places.vm_dir(name)
 
     def _look(self, name: str) -> Look:
         """Look at one VM, in the thread of its errand, the only one that uses its client."""

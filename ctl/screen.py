@@ -20,7 +20,7 @@ from typing import Any
 from cellvisor.core.errors import CellvisorError
 from cellvisor.ctl import toptable
 from cellvisor.ctl.client import Client
-from cellvisor.ctl.sampling import STATES_OF_NOBODY, Row, Sampler, Snapshot
+from cellvisor.ctl.sampling import NOBODY, STATES_OF_NOBODY, Row, Sampler, Snapshot
 
 TICK = 0.25  # seconds until the window's size is looked at again
 LATE = 1.0   # seconds after which the picture does not wait for a VM
@@ -107,7 +107,7 @@ class Screen:
     def shown(self, snapshot: Snapshot | None) -> list[Row]:
         """Return the rows in order."""
         found = [row for row in (snapshot.rows if snapshot else ())
-                 if self.everything or row.kind in ("device", "vcpu")]
+                 if self.everything or row.kind in ("device", "vcpu", NOBODY)]
         return toptable.ordered(found, toptable.ORDERS[self.order])
 
     def selected(self, rows: Sequence[Row]) -> int:

@@ -88,6 +88,7 @@ def test_keys() -> None:
 def hanging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """20 VMs that live and never answer."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setattr(ls, "PATIENCE", 0.5)
     monkeypatch.setattr(sampling, "PATIENCE", 0.5)
     names = [f"vm{number:02}" for number in range(20)]

@@ -282,8 +282,9 @@ class Fleet:
             await self.start(dead.device, suspect=is_self_inflicted(dead.status))
         except CellvisorError as error:
             one = self._latest.get(dead.device.id)
-            if one is not None and not self._stopping:
-                one.reason = one.reason or str(error)
+            # Another device may have come by that name while this one's process was being forked.
+            if one is not None and one.device is dead.device and not self._stopping:
+                one.reason = one.reason or str(error).removeprefix(f"{one.device.id}: ")
                 self._park(one)
 
     def _park(self, one: Incarnation) -> None:

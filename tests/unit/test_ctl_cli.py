@@ -201,7 +201,7 @@ def test_ctrl_c_leaves_the_operation_and_says_which(capsys: pytest.CaptureFixtur
     assert command.stdout is not None and "guest-notified" in command.stdout.readline()
     command.send_signal(signal.SIGINT)
     _, err = command.communicate(timeout=60)
-    assert command.returncode == 130
+    assert command.returncode == 130, err
     assert err.startswith("cellvisor: op") and "goes on (cellvisor ops wait op" in err
     assert err.count("\n") == 1
     assert dispatch.run(["ops", "show", "slower"]) == 0

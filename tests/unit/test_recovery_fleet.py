@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -236,6 +237,32 @@ def test_a_reset_that_begins_while_parked() -> None:
         assert (await vm.until(2))["drain"] is True
 
     play(scene, restart_budget=0)
+
+
+def test_a_successor_that_comes_too_late_does_not_harm_the_next_device_of_that_name() -> None:
+    async def scene(vm: Vm) -> None:
+        forked, fork = asyncio.Event(), vm.spawn
+
+        async def spawn(device: str, generation: int, **args: Any) -> tuple[int, int]:
+            if generation == 2:
+                await forked.wait()
+            return await fork(device, generation, **args)
+
+        vm.spawn = spawn  # type: ignore[method-assign]
+        vm.exited(-signal.SIGKILL)
+        while len(vm.attached) < 2:
+            await asyncio.sleep(0)
+        vm.fleet.retire("data")
+        other = await vm.fleet.start(replace(vm.device))
+        vm.say("ready")
+        forked.set()
+        assert (await vm.until(3))["generation"] == 2
+        while vm.processes[-1].poll() is None:
+            await asyncio.sleep(0.01)
+        assert (vm.latest(), other.state) == (other, "serving")
+        assert "device.failed" not in vm.names()
+
+    play(scene)
 
 
 def test_a_successor_that_is_coming_finishes_the_reset() -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import zmq.asyncio
 
-from cellvisor.controlplane import swap
+from cellvisor.controlplane import booting, swap
 from cellvisor.controlplane.blob import Life, Record, read
 from cellvisor.controlplane.corelink import OURS, CoreLink
 from cellvisor.controlplane.events import Monitor
@@ -163,7 +163,7 @@ async def go_on(vm: Supervisor, left: Legacy) -> None:
         for _, pidfd in workers.values():
             os.close(pidfd)
     if found.terminal is not None:
-        await vm.consoles(core).give_up_input()
+        await booting.consoles_of(vm, core).give_up_input()
     if found.configured and info.get("state") != "created":
         with contextlib.suppress(CellvisorError):
             await vm.plug.adopt(found.parts.get("plug"))
@@ -180,13 +180,13 @@ async def _go_on_running(vm: Supervisor, found: Record, info: dict[str, Any]) ->
     if found.configured and state == "created":
         vm.booting = True  # who wants to add a device meanwhile waits
         try:
-            await vm.finish_boot(vm.require_core(), vm.consoles(vm.require_core()))
+            await booting.finish(vm, vm.require_core(), booting.consoles_of(vm, vm.require_core()))
         finally:
             vm.booting = False
     elif not found.configured and found.flags.order is not None:
         if not found.created:
             vm.create(found.flags.order)
-        await vm.boot()
+        await booting.boot(vm)
     elif found.configured:
         if state == "stopped":
             vm.end(0, "the guest powered off")
@@ -197,7 +197,7 @@ async def _go_on_running(vm: Supervisor, found: Record, info: dict[str, Any]) ->
 async def _take_devices(vm: Supervisor, found: Record, booted: bool, workers: Workers) -> None:
     """First all that is known without a step, so that whatever is recorded from now on is complete; then steps."""
     core = vm.require_core()
-    fleet = vm.make_fleet(core)
+    fleet = booting.make_fleet(vm, core)
     seen = {entry["device"]: entry for entry in (await core.request(CoreVerb.DEVICES)).get("devices", ())}
     steps: list[Callable[[], Awaitable[Any]]] = []
     for device in list(vm.inventory.devices.values()):

@@ -1,12 +1,12 @@
 """The VM's workers: one incarnation per device and generation, from its start to the report of its end.
 
     spawning --SPAWNED--> running --device.ready--> serving --+--> dead --back-off--> the next generation
-        |                    |                                |     +-- budget spent, refused --> parked --revive-->
+        |                    |                                |     +-- budget spent, refused --> parked
         +---- never served: failed (a bad option, a lock) ----+--> ended    we asked for it
-    parked --drain(), or a reset waits--> spawning --> draining --the driver's reset--> parked
 
-Every way a worker can die ends in _lost(), the one place that decides what happens next (controlplane/
-recovery.py). start() gives whoever follows the next generation; core drops what any other one says.
+Every way a worker can die ends in lost(), the one place that decides what happens next (controlplane/
+recovery.py; of a parked one, parking.py). start() gives whoever follows the next generation; core drops what any
+other one says.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from cellvisor.controlplane.incarnation import Incarnation as Incarnation
 from cellvisor.controlplane.incarnation import State as State
 from cellvisor.controlplane.inventory import Device
 from cellvisor.controlplane.nurseries import DIED, Nurseries
+from cellvisor.controlplane.parking import Parking
 from cellvisor.controlplane.processes import describe_exit, kill_pidfd
 from cellvisor.controlplane.recovery import Budget, Policy, is_self_inflicted
 from cellvisor.controlplane.waiting import wait_pidfd as wait_pidfd
@@ -51,11 +52,10 @@ class Fleet:
         self._latest: dict[str, Incarnation] = {}
         self._used: dict[str, int] = {}  # last generation of devices that were retired: late reports name it
         self._budgets: dict[str, Budget] = {}
-        self._drains: dict[str, Budget] = {}
         self._died_at: dict[str, float] = {}
-        self._reset_waits: set[str] = set()
         self._restarts: set[asyncio.Task[None]] = set()
-        self._stopping = False
+        self.is_stopping = False
+        self.parking = Parking(self, events)
 
     def latest(self) -> list[Incarnation]:
         """Return every device's latest incarnation, in slot order."""
@@ -116,7 +116,7 @@ class Fleet:
 
         def ended() -> None:
             self._loop.remove_reader(one.pidfd)
-            self._loop.call_later(4 * REPORT_DELAY, self._lost, one)
+            self._loop.call_later(4 * REPORT_DELAY, self.lost, one)
 
         if one.pidfd >= 0 and one.is_alive:
             self._loop.add_reader(one.pidfd, ended)
@@ -134,7 +134,7 @@ class Fleet:
     def lives(self) -> dict[str, Life]:
         """Return what a successor must know of each device's latest incarnation."""
         return {one.device.id: Life(one.generation, one.token, one.is_parked or one.drains, one.reason, one.served,
-                                    self._budget(one.device).moments()) for one in self.latest()}
+                                    self.budget(one.device).moments()) for one in self.latest()}
 
     def take_over(self, device: Device, life: Life, *, pid: int, pidfd: int, serving: bool) -> Incarnation:
         """Go on with an incarnation that a predecessor of ours started. `pidfd` is ours, -1 if it has ended."""
@@ -147,9 +147,13 @@ class Fleet:
         if serving:
             one.ready.set_result(None)
         self._latest[device.id] = one
-        self._budget(device).inherit(life.restarts)
+        self.budget(device).inherit(life.restarts)
         self._watch(one)
         return one
+
+    def find(self, device_id: str) -> Incarnation | None:
+        """Return the latest incarnation of a device, if there is one."""
+        return self._latest.get(device_id)
 
     def get(self, device_id: str) -> Incarnation:
         """Return the latest incarnation of a device. Raises NotFound."""
@@ -171,8 +175,7 @@ class Fleet:
         one = self._latest.pop(device_id, None)
         self._budgets.pop(device_id, None)
         self._died_at.pop(device_id, None)
-        self._drains.pop(device_id, None)
-        self._reset_waits.discard(device_id)
+        self.parking.forget(device_id)
         if one is not None:
             self._used[device_id] = one.generation
             one.state = State.ENDED
@@ -197,8 +200,7 @@ class Fleet:
         if one is None:
             return
         if name == "device.reset-waits":
-            self._reset_waits.add(one.device.id)
-            self._finish_reset(one)
+            self.parking.reset_waits(one)
         if properties.get("generation", one.generation) != one.generation or not one.is_alive:
             return
         if name == "device.ready":
@@ -206,7 +208,7 @@ class Fleet:
         elif name == "device.failed":
             one.reason = one.reason or str(properties.get("reason", ""))[:1000]
             one.refused = properties.get("refused") is True
-            self._loop.call_later(REPORT_DELAY, self._lost, one)
+            self._loop.call_later(REPORT_DELAY, self.lost, one)
         elif name == "device.expelled":
             one.reason = str(properties.get("reason", ""))[:1000]
         elif name == "device.poison":
@@ -215,7 +217,7 @@ class Fleet:
             self._events.emit(f"backend.{properties.pop('change')}", **properties)
 
     def _ready(self, one: Incarnation) -> None:
-        self._reset_waits.discard(one.device.id)  # core has it finish that first
+        self.parking.reset_goes_on(one)
         one.state = State.DRAINING if one.drains else State.SERVING
         one.served = True
         if not one.ready.done():
@@ -235,31 +237,32 @@ class Fleet:
         one.how = describe_exit(status) if status not in (0, 1) else ""
         # Core's report, which is on its way, says what the worker said; after a signal it has said nothing.
         if one.reason or (one.served and status != 1):
-            self._lost(one)
+            self.lost(one)
         else:
-            self._loop.call_later(REPORT_DELAY, self._lost, one)
+            self._loop.call_later(REPORT_DELAY, self.lost, one)
 
-    def _lost(self, one: Incarnation) -> None:
+    def lost(self, one: Incarnation) -> None:
+        """A process has ended, or is as good as that: decide what follows it."""
         if not one.is_alive:
             return
-        if self._stopping:
+        if self.is_stopping:
             one.state = State.ENDED
             return
         one.reason = f"{one.reason}: {one.how}" if one.reason and one.how else one.reason or one.how or GAVE_UP
         kill_pidfd(one.pidfd)  # core may have given up on one that lives on
         one.close()
         if one.drains:
-            self._drained(one)
+            self.parking.drained(one)
             return
         delay = None
         if one.served and not one.refused:
-            delay = self._budget(one.device).next_delay(self._loop.time())
+            delay = self.budget(one.device).next_delay(self._loop.time())
         if delay is None:
             self._park(one)
             return
         one.state = State.DEAD
         self._died_at.setdefault(one.device.id, time.monotonic())
-        self._later(self._replace(one, delay))
+        self.later(self.replace(one, delay))
         self._loop.call_soon(self._tell_death, one)  # the guest waits: its successor first
 
     def _tell_death(self, one: Incarnation) -> None:
@@ -267,23 +270,24 @@ class Fleet:
         self._events.emit("device.died", device=one.device.id, generation=one.generation, pid=one.pid,
                           reason=one.reason)
 
-    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+    def later(self, work: Coroutine[Any, Any, None]) -> None:
+        """Have something done that nobody waits for."""
         task = self._loop.create_task(work)
         self._restarts.add(task)
         task.add_done_callback(self._restarts.discard)
 
-    async def _replace(self, dead: Incarnation, delay: float) -> None:
-        """Start the successor of `dead`."""
+    async def replace(self, dead: Incarnation, delay: float) -> None:
+        """Start the successor of `dead` after `delay` seconds."""
         if delay:
             await asyncio.sleep(delay)
-        if self._stopping or self._latest.get(dead.device.id) is not dead:
+        if self.is_stopping or self._latest.get(dead.device.id) is not dead:
             return
         try:
             await self.start(dead.device, suspect=is_self_inflicted(dead.status))
         except CellvisorError as error:
             one = self._latest.get(dead.device.id)
             # Another device may have come by that name while this one's process was being forked.
-            if one is not None and one.device is dead.device and not self._stopping:
+            if one is not None and one.device is dead.device and not self.is_stopping:
                 one.reason = one.reason or str(error).removeprefix(f"{one.device.id}: ")
                 self._park(one)
 
@@ -298,84 +302,17 @@ class Fleet:
                           reason=one.reason)
         if not one.ready.done():
             one.ready.set_exception(UsageError(f"{one.device.id}: {one.reason}"))
-        self._finish_reset(one)
+        self.parking.finish_reset(one)
 
-    # ---- parked devices
-
-    def _finish_reset(self, one: Incarnation) -> None:
-        """A driver or a machine waits for a reset that only a living process can finish."""
-        if one.device.id in self._reset_waits and one.is_parked and not self._stopping:
-            self._reset_waits.discard(one.device.id)
-            self._later(self._start_drain(one.device))
-
-    async def _start_drain(self, device: Device) -> None:
-        try:
-            delay = self._drains.setdefault(device.id, Budget()).next_delay(self._loop.time())
-            if delay is None:
-                raise TryAgain("its drain processes die")
-            await asyncio.sleep(delay)
-            await self.drain(device.id)
-        except CellvisorError as error:
-            log.get("fleet").error("%s: nobody finishes its reset: %s", device.id, error)
-
-    async def drain(self, device_id: str) -> Incarnation:
-        """Give a parked device up: all that the guest asks of it fails, until its driver resets it.
-
-        Then it is parked again. Returns when that has begun. Raises NotFound, Conflict, UsageError.
-        """
-        one = self._parked(device_id)
-        drain = await self.start(one.device, drains=True)
-        drain.reason = one.reason
-        await asyncio.wait_for(asyncio.shield(drain.ready), READY_TIMEOUT)
-        return drain
-
-    async def see_out(self, device_id: str) -> None:
-        """Have a device that is to leave answer its driver: a parked one is drained, a dead one waits no longer.
-
-        Raises CellvisorError.
-        """
-        one = self._latest.get(device_id)
-        if one is not None and one.is_parked:
-            await self.drain(device_id)
-        elif one is not None and one.state is State.DEAD:
-            await self._replace(one, 0.0)
-
-    def _drained(self, one: Incarnation) -> None:
-        one.state = State.PARKED
-        if not one.ready.done():
-            one.ready.set_exception(UsageError(f"{one.device.id}: {one.reason}"))
-        self._events.emit("device.drained", device=one.device.id, generation=one.generation, pid=one.pid,
-                          reason=one.reason)
-
-    def _parked(self, device_id: str) -> Incarnation:
-        one = self._latest.get(device_id)
-        if one is None:
-            raise NotFound(f"no device {device_id!r}", hint="see `cellvisor devices`")
-        if not one.is_parked:
-            raise Conflict(f"{device_id}: is {one.state}, not parked", hint="it looks after itself")
-        return one
-
-    def _budget(self, device: Device) -> Budget:
+    def budget(self, device: Device) -> Budget:
+        """Return how often a device may still be restarted."""
         return self._budgets.setdefault(device.id, Budget(Policy.of(device.options)))
-
-    async def revive(self, device_id: str) -> Incarnation:
-        """Start a parked device anew, its budget refilled. Raises NotFound, Conflict, UsageError."""
-        one = self._latest.get(device_id)
-        if one is not None and one.drains and one.is_alive:
-            kill_pidfd(one.pidfd)
-            await wait_pidfd(one.pidfd)
-            self._lost(one)
-        one = self._parked(device_id)
-        self._budget(one.device).refill()
-        revived = await self.start(one.device)
-        await asyncio.wait_for(asyncio.shield(revived.ready), READY_TIMEOUT)
-        return revived
 
     # ---- the end
 
     def stopping(self) -> None:
         """From now on a worker that ends does what it should."""
-        self._stopping = True
+        self.is_stopping = True
 
     async def wait_gone(self, timeout: float) -> None:
         """Wait until every worker ended, at most `timeout` seconds."""

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from cellvisor.controlplane import vmconfig
+from cellvisor.controlplane import booting, vmconfig
 from cellvisor.core.errors import CellvisorError, Conflict, TryAgain
 from cellvisor.core.wire.messages import CoreVerb
 
@@ -58,7 +58,7 @@ class Life:
 
     async def _boot(self) -> None:
         try:
-            await self._vm.boot()
+            await booting.boot(self._vm)
         except Exception:
             await self._vm.renew()
             raise

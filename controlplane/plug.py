@@ -20,6 +20,7 @@ from cellvisor.controlplane.farewell import answer_of_guest, see_off
 from cellvisor.controlplane.fleet import READY_TIMEOUT, Fleet
 from cellvisor.controlplane.inventory import Device, Wanted
 from cellvisor.controlplane.operations import FINAL, Operation, Operations, OpState
+from cellvisor.controlplane.pending import Pending
 from cellvisor.core import log
 from cellvisor.core.errors import CellvisorError, Conflict, Internal, UsageError
 from cellvisor.core.wire.messages import CoreVerb
@@ -41,9 +42,8 @@ class Plug:
         self.operations = Operations(vm.events)
         # By device; whoever holds or waits for a lock keeps it alive.
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
-        self._adding: dict[str, Operation] = {}    # by device, until the guest knows it
-        self._leaving: dict[str, Operation] = {}   # by device, until it is gone
-        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self.pending = Pending(self.operations)
+        self._adding, self._leaving = self.pending.adding, self.pending.leaving
         self._tasks: set[asyncio.Task[None]] = set()
         vm.events.add_sink(self._on_event)
         vm.parts["plug"] = self.as_state
@@ -82,7 +82,7 @@ class Plug:
             self._adding.pop(device.id, None)
             self.operations.move(operation, OpState.CANCELLED, "the VM ended")
             raise
-        self._notified(operation, timeout)
+        self.pending.notified(operation, timeout)
         return device
 
     async def _bring(self, device: Device, operation: Operation, undo: contextlib.AsyncExitStack) -> None:
@@ -134,7 +134,7 @@ class Plug:
             self._unwant(key)  # goes into core's record with the step
             try:
                 if not host_only:
-                    await self._fleet().see_out(key)
+                    await self._fleet().parking.see_out(key)
                 await self._core().request(CoreVerb.UNPLUG, device=key, force=host_only)
             except CellvisorError as error:
                 if pending is None:
@@ -144,14 +144,14 @@ class Plug:
                 raise
             added = self._adding.pop(key, None)
             if added is not None and not added.is_over:
-                self._end(added, OpState.CANCELLED, "the device was removed")
-        self._notified(operation, timeout)
+                self.pending.end(added, OpState.CANCELLED, "the device was removed")
+        self.pending.notified(operation, timeout)
         return operation
 
     async def _see_out(self, key: str) -> None:
         """The device was given up while the guest lets it go."""
         try:
-            await self._fleet().see_out(key)
+            await self._fleet().parking.see_out(key)
         except CellvisorError as error:
             log.get("plug").error("%s: the guest cannot let go of it: %s", key, error)
 
@@ -173,7 +173,7 @@ class Plug:
                 await self._core().request(CoreVerb.UNPLUG, device=operation.device, force=True)
                 self._adding.pop(operation.device, None)
                 self._unwant(operation.device)
-            self._end(operation, OpState.CANCELLED, "by request")
+            self.pending.end(operation, OpState.CANCELLED, "by request")
         return operation
 
     # ---- what core reports
@@ -188,7 +188,7 @@ class Plug:
                 self.operations.move(adding, OpState.NOTIFIED)
             self.operations.mark(adding, "enumerated")
             self._adding.pop(device)
-            self._end(adding, OpState.DONE, "there since the reboot" if properties.get("how") == "reset" else "")
+            self.pending.end(adding, OpState.DONE, "there since the reboot" if properties.get("how") == "reset" else "")
         elif name == "slot.bound":
             added = self.operations.latest(device, ADD)
             if added is not None and added.state is OpState.DONE:
@@ -197,11 +197,11 @@ class Plug:
             event, status = int(properties.get("event", -1)), int(properties.get("status", -1))
             if adding is not None and event in INSERT_EVENTS:
                 self._adding.pop(device)
-                self._end(adding, OpState.REFUSED, answer_of_guest(status, inserting=True))
+                self.pending.end(adding, OpState.REFUSED, answer_of_guest(status, inserting=True))
             elif leaving is not None and event not in INSERT_EVENTS:
                 self._leaving.pop(device)
                 self._want(self._vm.inventory.get(device))
-                self._end(leaving, OpState.REFUSED, answer_of_guest(status, inserting=False))
+                self.pending.end(leaving, OpState.REFUSED, answer_of_guest(status, inserting=False))
         elif name == "slot.ejected":
             self._spawn(self._finish(device, self._vm.inventory.devices.get(device), str(properties.get("how", ""))))
         elif name == "slot.freed":
@@ -217,9 +217,9 @@ class Plug:
             return
         for device, operation in list(self._leaving.items()):
             self._vm.inventory.release(device)
-            self._end(operation, OpState.DONE, "the machine ended")
+            self.pending.end(operation, OpState.DONE, "the machine ended")
         for operation in list(self._adding.values()):
-            self._end(operation, OpState.DONE, "there at the next boot")
+            self.pending.end(operation, OpState.DONE, "there at the next boot")
         self._leaving.clear()
         self._adding.clear()
         self._vm.inventory.unblock()
@@ -240,7 +240,7 @@ class Plug:
             vm.events.emit("device.removed", id=key, bdf=device.bdf, how=how)
             operation = self._leaving.pop(key, None)
             if operation is not None:
-                self._end(operation, OpState.DONE, "" if how == "guest" else f"by {how}")
+                self.pending.end(operation, OpState.DONE, "" if how == "guest" else f"by {how}")
 
     async def _block_if_gone(self, device: Device) -> None:
         with contextlib.suppress(CellvisorError):
@@ -281,9 +281,9 @@ class Plug:
             await self._adopt(device, slots.get(key, ""), pending.pop(key, None))
         for operation in pending.values():  # their devices are gone
             if operation.verb.startswith(ADD):
-                self._end(operation, OpState.REFUSED, "the controlplane died before the guest was told")
+                self.pending.end(operation, OpState.REFUSED, "the controlplane died before the guest was told")
             else:
-                self._end(operation, OpState.DONE)
+                self.pending.end(operation, OpState.DONE)
 
     async def _adopt(self, device: Device, slot: str, operation: Operation | None) -> None:
         removing = operation is not None and not operation.verb.startswith(ADD)
@@ -296,21 +296,21 @@ class Plug:
                                                                                        device.bdf)
             self._leaving[device.id] = operation
             self._unwant(device.id)
-            self._notified(operation, GUEST_TIMEOUT)
+            self.pending.notified(operation, GUEST_TIMEOUT)
         elif slot == "unplugged" and operation is not None and not removing:
             await self._take_back(self._fleet(), device.id)
             self._vm.inventory.release(device.id)
             self._unwant(device.id)
-            self._end(operation, OpState.REFUSED, "the controlplane died before the guest was told")
+            self.pending.end(operation, OpState.REFUSED, "the controlplane died before the guest was told")
         elif operation is not None:
             self._want(device)
             if slot == "inserting" and not removing:
                 self._adding[device.id] = operation
-                self._notified(operation, GUEST_TIMEOUT)
+                self.pending.notified(operation, GUEST_TIMEOUT)
             elif not removing:
-                self._end(operation, OpState.DONE)
+                self.pending.end(operation, OpState.DONE)
             else:
-                self._end(operation, OpState.REFUSED, "while the controlplane was away, or never asked")
+                self.pending.end(operation, OpState.REFUSED, "while the controlplane was away, or never asked")
 
     # ---- below
 
@@ -347,32 +347,6 @@ class Plug:
         config = self._vm.config
         self._vm.config = replace(config, devices=tuple(one for one in config.devices if one.id != key),
                                   paths={name: path for name, path in config.paths.items() if name != key})
-
-    def _notified(self, operation: Operation, timeout: float) -> None:
-        """The guest has been told; it may have answered already."""
-        if operation.state in (OpState.REQUESTED, OpState.TIMED_OUT):
-            self.operations.move(operation, OpState.NOTIFIED)
-        if operation.state is OpState.NOTIFIED:
-            self._disarm(operation)
-            loop = asyncio.get_running_loop()
-            self._timers[operation.id] = loop.call_later(timeout, self._silent, operation, timeout)
-
-    def _silent(self, operation: Operation, timeout: float) -> None:
-        self._timers.pop(operation.id, None)
-        if operation.state is OpState.NOTIFIED:
-            self.operations.move(operation, OpState.TIMED_OUT, f"the guest did nothing about it in {timeout:g} s")
-
-    def _end(self, operation: Operation, state: OpState, reason: str = "") -> None:
-        self._disarm(operation)
-        if operation.state is OpState.REQUESTED:  # likewise
-            self.operations.move(operation, OpState.NOTIFIED)
-        if not operation.is_over:
-            self.operations.move(operation, state, reason)
-
-    def _disarm(self, operation: Operation) -> None:
-        timer = self._timers.pop(operation.id, None)
-        if timer is not None:
-            timer.cancel()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import zmq.asyncio
 
-from cellvisor.controlplane import adopt, descriptors, ratelimit, report
+from cellvisor.controlplane import adopt, booting, descriptors, report
 from cellvisor.controlplane.api import Api
 from cellvisor.controlplane.config import Payload, VmConfig
-from cellvisor.controlplane.consoles import Consoles
 from cellvisor.controlplane.corelink import CoreLink
 from cellvisor.controlplane.desk import Desk
 from cellvisor.controlplane.ending import end_machine
@@ -46,7 +45,6 @@ from cellvisor.core.wire.messages import CoreVerb
 if TYPE_CHECKING:
     from cellvisor.controlplane.metricsdoor import MetricsDoor
 
-CORE_TIMEOUT = 60.0  # loading a big kernel and prefaulting guest RAM take their time
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -141,7 +139,7 @@ class Supervisor:
             self.create(order)
         self.open_api()
         if order is not None:
-            await self.boot()
+            await booting.boot(self)
 
     def require_core(self) -> CoreLink:
         """Return the link to core. Raises Internal while there is none."""
@@ -212,54 +210,6 @@ class Supervisor:
         self.inventory = Inventory(self.nurseries.catalog())
         self.state = "Empty"
         self.changed()
-
-    async def boot(self) -> None:
-        """Start the devices and run what was created. Raises CellvisorError; core is used up then."""
-        assert self.core is not None
-        self.booting = True
-        try:
-            consoles = await self._configure(self.core)
-            await self.finish_boot(self.core, consoles)
-        finally:
-            self.booting = False
-
-    def make_fleet(self, core: CoreLink) -> Fleet:
-        """Begin with workers."""
-        ratelimit.settle_groups(core, self.config.groups)
-        self.fleet = Fleet(core, self.nurseries, self.events, self.rundir.path)
-        return self.fleet
-
-    def consoles(self, core: CoreLink) -> Consoles:
-        """Return the ties of the configured consoles to the outside."""
-        return Consoles(core, self.terminal, self.config.devices, self.config.serial.mode)
-
-    async def _configure(self, core: CoreLink) -> Consoles:
-        consoles, fleet, self.configured = self.consoles(core), self.make_fleet(core), True
-        consoles.give_terminal()
-        made = await core.request(CoreVerb.CONFIGURE, CORE_TIMEOUT, **self.config.for_core())
-        self.memory_effects = made.get("memory", {})
-        self.stages.add("configured", time.monotonic_ns())
-        for device in self.config.devices:
-            await fleet.start(device)
-        return consoles
-
-    async def finish_boot(self, core: CoreLink, consoles: Consoles) -> None:
-        """Wait for the started devices and boot."""
-        assert self.fleet is not None
-        await self.fleet.wait_ready()
-        paths = await consoles.ptys(str((await core.request(CoreVerb.INFO)).get("serial", "")))
-        self.config = replace(self.config, paths=paths)
-        for device_id, path in paths.items():
-            self.events.emit("console.pty", device=device_id, path=path)
-        self.stages.add("devices-ready", time.monotonic_ns())
-        if self.terminal.settings() is not None:
-            await core.keep_state()  # a successor can undo what comes now
-        consoles.make_raw()
-        await core.request(CoreVerb.BOOT, CORE_TIMEOUT)
-        self.stages.add("boot", time.monotonic_ns())
-        if self.state == "Created":
-            self.state = "Running"
-        self._loop.add_signal_handler(signal.SIGWINCH, consoles.resized)
 
     async def renew(self) -> None:
         """End the machine but not the process: a fresh core and nursery wait for the next boot."""

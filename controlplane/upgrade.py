@@ -90,7 +90,7 @@ class Upgrade:
         old = fleet.get(device.id)
         if old.is_parked:
             nurseries.homes[device.id] = number
-            new = await fleet.revive(device.id)
+            new = await fleet.parking.revive(device.id)
             return {"id": device.id, "generation": new.generation, "pid": new.pid, "ms": 0.0}
         if old.state is not State.SERVING:
             raise TryAgain(f"{device.id}: is {old.state}, not serving", hint="try again when it serves")

@@ -67,11 +67,11 @@ class Verbs:
                 "log_file": logtail.path_of(self._vm)}
 
     async def _restart_device(self, args: dict[str, Any]) -> dict[str, Any]:
-        one = await self._fleet().revive(args["id"])
+        one = await self._fleet().parking.revive(args["id"])
         return {"id": args["id"], "generation": one.generation, "pid": one.pid}
 
     async def _drain_device(self, args: dict[str, Any]) -> dict[str, Any]:
-        one = await self._fleet().drain(args["id"])
+        one = await self._fleet().parking.drain(args["id"])
         return {"id": args["id"], "generation": one.generation, "pid": one.pid}
 
     def _fleet(self) -> Fleet:

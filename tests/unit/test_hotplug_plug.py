@@ -79,6 +79,10 @@ class Fleet:
     def retire(self, key: str) -> Worker | None:
         return self.workers.pop(key, None)
 
+    @property
+    def parking(self) -> Fleet:
+        return self
+
     async def see_out(self, key: str) -> None:
         self.seen_out.append(key)
 
@@ -128,8 +132,8 @@ def run(work: Callable[[Vm], Coroutine[Any, Any, None]]) -> Vm:
 def is_empty(vm: Vm) -> bool:
     assert vm.fleet is not None
     assert vm.core is not None
-    return not (vm.inventory.devices or vm.config.devices or vm.fleet.workers or vm.core.slots or vm.plug._adding
-                or vm.plug._leaving or vm.plug._timers)
+    return not (vm.inventory.devices or vm.config.devices or vm.fleet.workers or vm.core.slots or vm.plug.pending.adding
+                or vm.plug.pending.leaving or vm.plug.pending.timers)
 
 
 async def settle() -> None:
@@ -233,7 +237,7 @@ def test_an_event_before_the_answer_is_put_in_order() -> None:
         vm.core.request = eager  # type: ignore[method-assign]
         await vm.plug.add("add-disk", DISK)
         assert vm.plug.operations.get("data").state is OpState.DONE
-        assert not vm.plug._timers
+        assert not vm.plug.pending.timers
 
     assert [name for name in run(work).names if name.startswith("operation")] == [
         "operation.requested", "operation.guest-notified", "operation.done"]

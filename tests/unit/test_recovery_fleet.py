@@ -199,12 +199,12 @@ def test_budget_zero_never_restarts() -> None:
 def test_a_parked_device_is_revived_with_a_full_budget() -> None:
     async def scene(vm: Vm) -> None:
         with pytest.raises(Conflict, match="is serving, not parked"):
-            await vm.fleet.revive("data")
+            await vm.fleet.parking.revive("data")
         for _ in range(2):
             vm.exited(-signal.SIGKILL)
             await vm.until(len(vm.attached) + (len(vm.spawned) < 2))
         await vm.event("device.parked")
-        reviving = asyncio.create_task(vm.fleet.revive("data"))
+        reviving = asyncio.create_task(vm.fleet.parking.revive("data"))
         assert (await vm.until(3))["drain"] is False
         vm.say("ready")
         assert (await reviving).generation == 3
@@ -299,11 +299,11 @@ def test_reviving_ends_the_drain_process() -> None:
     async def scene(vm: Vm) -> None:
         vm.exited(-signal.SIGKILL)
         await vm.event("device.parked")
-        draining = asyncio.create_task(vm.fleet.drain("data"))
+        draining = asyncio.create_task(vm.fleet.parking.drain("data"))
         await vm.until(2)
         vm.say("ready")
         assert (await draining).state == "draining"
-        reviving = asyncio.create_task(vm.fleet.revive("data"))
+        reviving = asyncio.create_task(vm.fleet.parking.revive("data"))
         assert (await vm.until(3))["drain"] is False
         assert vm.processes[1].wait(5) == -signal.SIGKILL
         vm.say("ready")
@@ -328,7 +328,7 @@ def test_a_start_that_fails_parks_and_can_be_repeated() -> None:
         vm.failures = [UsageError("no memory")]
         vm.exited(-signal.SIGKILL)
         assert (await vm.event("device.parked"))["reason"] == "no memory"
-        reviving = asyncio.create_task(vm.fleet.revive("data"))
+        reviving = asyncio.create_task(vm.fleet.parking.revive("data"))
         await vm.until(2)
         vm.say("ready")
         await reviving
@@ -362,7 +362,7 @@ def test_an_adopted_drain_process_never_meets_a_successor() -> None:
         pidfd = os.pidfd_open(old.processes[1].pid)
         new.attached = list(old.attached)
         new.fleet.take_over(new.device, life, pid=old.processes[1].pid, pidfd=pidfd, serving=True)
-        reviving = asyncio.create_task(new.fleet.revive("data"))
+        reviving = asyncio.create_task(new.fleet.parking.revive("data"))
         await new.until(1)
         assert old.processes[1].wait(0) == -signal.SIGKILL
         new.say("ready")

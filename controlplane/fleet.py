@@ -39,6 +39,7 @@ READY_TIMEOUT = 60.0
 START_TIMEOUT = 30.0  # of a successor: it may wait 10 s for the fence
 LIMITS = ("hang_timeout", "io_timeout")  # options that core acts on
 REPORT_DELAY = 0.05  # core's report of a death and the nursery's come one shortly after the other
+SAID_DELAY = 2.0  # after status 1, which says that the worker has told core why: a busy core takes its time
 START_ATTEMPTS = 3  # when a nursery dies over it
 GAVE_UP = "its process ended"
 
@@ -239,7 +240,7 @@ class Fleet:
         if one.reason or (one.served and status != 1):
             self.lost(one)
         else:
-            self._loop.call_later(REPORT_DELAY, self.lost, one)
+            self._loop.call_later(SAID_DELAY if status == 1 else REPORT_DELAY, self.lost, one)
 
     def lost(self, one: Incarnation) -> None:
         """A process has ended, or is as good as that: decide what follows it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from cellvisor.controlplane.corelink import CoreLink
 from cellvisor.controlplane.inventory import Device
@@ -16,12 +16,18 @@ Kept = list[tuple[str, str, int]]  # device, name, descriptor
 def give(core: CoreLink, device: Device, fds: Sequence[int]) -> None:
     """Put `fds`, which stay the caller's, into the store. Raises UsageError for one that is not open, Internal."""
     for index, fd in enumerate(fds):
+        check(device, [fd])
+        core.deposit(device.id, f"fd{index}", fd)
+
+
+def check(device: Device, fds: Sequence[int]) -> None:
+    """Raise UsageError for one that is not open."""
+    for fd in fds:
         try:
             os.fstat(fd)
         except OSError as error:
             raise UsageError(f"{device.id}: fd={fd}: {error.strerror}",
                              hint="they are descriptors of the process that starts the VM") from None
-        core.deposit(device.id, f"fd{index}", fd)
 
 
 def give_named(core: CoreLink, devices: Iterable[Device]) -> None:
@@ -34,6 +40,17 @@ def named(device: Device) -> list[int]:
     """Return the numbers that the options of `device` hold."""
     found = device.options.get("fd")
     return found if isinstance(found, list) else []
+
+
+@contextlib.contextmanager
+def lent(core: CoreLink, device: Device) -> Iterator[list[int]]:
+    """Give what the device was given, for as long as the block lasts."""
+    kept = collect(core, [device])
+    try:
+        yield [fd for _, _, fd in kept]
+    finally:
+        for _, _, fd in kept:
+            os.close(fd)
 
 
 def take_back(core: CoreLink, devices: Iterable[Device]) -> None:

@@ -23,6 +23,7 @@ from cellvisor.controlplane import ratelimit
 from cellvisor.controlplane.blob import Life
 from cellvisor.controlplane.corelink import CoreLink
 from cellvisor.controlplane.events import EventLog
+from cellvisor.controlplane.incarnation import GAVE_UP, cannot_serve
 from cellvisor.controlplane.incarnation import Incarnation as Incarnation
 from cellvisor.controlplane.incarnation import State as State
 from cellvisor.controlplane.inventory import Device
@@ -32,7 +33,7 @@ from cellvisor.controlplane.processes import describe_exit, kill_pidfd
 from cellvisor.controlplane.recovery import Budget, Policy, is_self_inflicted
 from cellvisor.controlplane.waiting import wait_pidfd as wait_pidfd
 from cellvisor.core import log
-from cellvisor.core.errors import CellvisorError, Conflict, NotFound, TryAgain, UsageError
+from cellvisor.core.errors import CellvisorError, Conflict, NotFound, TryAgain
 from cellvisor.core.wire.messages import CoreVerb
 
 READY_TIMEOUT = 60.0
@@ -41,7 +42,6 @@ LIMITS = ("hang_timeout", "io_timeout")  # options that core acts on
 REPORT_DELAY = 0.05  # core's report of a death and the nursery's come one shortly after the other
 SAID_DELAY = 2.0  # after status 1, which says that the worker has told core why: a busy core takes its time
 START_ATTEMPTS = 3  # when a nursery dies over it
-GAVE_UP = "its process ended"
 
 
 class Fleet:
@@ -302,7 +302,7 @@ class Fleet:
         self._events.emit(f"device.{one.state}", device=one.device.id, generation=one.generation, pid=one.pid,
                           reason=one.reason)
         if not one.ready.done():
-            one.ready.set_exception(UsageError(f"{one.device.id}: {one.reason}"))
+            one.ready.set_exception(cannot_serve(one.device.id, one.reason))
         self.parking.finish_reset(one)
 
     def budget(self, device: Device) -> Budget:

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from cellvisor.controlplane.inventory import Device
+from cellvisor.core.errors import UsageError
+
+GAVE_UP = "its process ended"
 
 
 class State(StrEnum):
@@ -19,6 +22,11 @@ class State(StrEnum):
     PARKED = "parked"
     FAILED = "failed"
     ENDED = "ended"
+
+
+def cannot_serve(device_id: str, reason: str) -> UsageError:
+    """Return the refusal of whoever wanted a device that says why it cannot be."""
+    return UsageError(f"{device_id}: {reason}")
 
 
 @dataclass(slots=True)

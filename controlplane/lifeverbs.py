@@ -11,14 +11,16 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from cellvisor.controlplane import booting, vmconfig
+from cellvisor.controlplane import booting, descriptors, vmconfig
 from cellvisor.core.errors import CellvisorError, Conflict, TryAgain
 from cellvisor.core.wire.messages import CoreVerb
 
 if TYPE_CHECKING:
+    from cellvisor.controlplane.inventory import Device
     from cellvisor.controlplane.supervisor import Supervisor
 
 Handler = Callable[[dict[str, Any]], Awaitable[Any]]
+READY_TIMEOUT = 60.0  # of one device, when all are tried
 COUNT_TIMEOUT = 2.0
 RESIZE_TIMEOUT = 30.0
 
@@ -31,6 +33,13 @@ def table(vm: Supervisor, turn: asyncio.Lock) -> dict[str, Handler]:
             "set-link": life.set_link}
 
 
+def checks(vm: Supervisor, turn: asyncio.Lock) -> dict[str, Handler]:
+    """Return verb -> dry run of it: the same arguments and refusals, and what it is about."""
+    life = Life(vm, turn)
+    return {"create": life.check_create, "boot": life.check_boot, "resize-disk": life.check_resize,
+            "set-link": life.check_link}
+
+
 class Life:
     """What is done to one VM."""
 
@@ -40,21 +49,47 @@ class Life:
     async def create(self, args: dict[str, Any]) -> dict[str, Any]:
         """Take a VmConfig."""
         async with self._turn:
-            if self._vm.state != "Empty":
-                raise Conflict("create: a VM was created already", hint="delete it first")
-            self._vm.create(vmconfig.read(args))
+            self._vm.create(self._order(args))
             await self._vm.require_core().keep_state()  # a successor knows what we answered
             self._vm.events.emit("vm.created")
         return {}
 
+    async def check_create(self, args: dict[str, Any]) -> tuple[Device, ...]:
+        """Return the devices that the VM would have."""
+        async with self._turn:
+            return self._vm.plan(self._order(args)).config.devices
+
+    def _order(self, args: dict[str, Any]) -> vmconfig.Order:
+        if self._vm.state != "Empty":
+            raise Conflict("create: a VM was created already", hint="delete it first")
+        return vmconfig.read(args)
+
     async def boot(self, args: dict[str, Any]) -> dict[str, Any]:
         """Boot what was created; a VM that cannot boot stays created."""
         async with self._turn:
-            self._refuse_while_booting("boot")
-            if self._vm.state != "Created":
-                raise Conflict(f"boot: the VM is {self._vm.state} already")
+            self._refuse_boot()
             await self._vm.change(self._boot())
         return {}
+
+    async def check_boot(self, args: dict[str, Any]) -> tuple[Device, ...]:
+        """Try every device, each for itself: that two want the same is not seen."""
+        async with self._turn:
+            self._refuse_boot()
+            devices = self._vm.config.devices
+            tried = [self._try(device) for device in devices]
+            for error in await asyncio.gather(*tried, return_exceptions=True):
+                if error is not None:
+                    raise error
+        return devices
+
+    async def _try(self, device: Device) -> None:
+        with descriptors.lent(self._vm.require_core(), device) as fds:
+            await self._vm.nurseries.try_out(device, READY_TIMEOUT, fds)
+
+    def _refuse_boot(self) -> None:
+        self._refuse_while_booting("boot")
+        if self._vm.state != "Created":
+            raise Conflict(f"boot: the VM is {self._vm.state} already")
 
     async def _boot(self) -> None:
         try:
@@ -135,9 +170,7 @@ class Life:
 
     async def resize_disk(self, args: dict[str, Any]) -> dict[str, Any]:
         """Have a disk's process change its size and tell the guest."""
-        device = self._vm.inventory.require("resize-disk", args["id"], "a disk")
-        if self._vm.state == "Created":
-            raise Conflict("resize-disk: the VM is not running", hint="its disks can be changed on the host")
+        device = self._to_resize(args)
         core = self._vm.require_core()
         with self._vm.plug.operations.step("resize-disk", device.id, device.bdf) as operation:
             await core.request(CoreVerb.CALL, RESIZE_TIMEOUT, device=device.id, verb="resize",
@@ -145,13 +178,36 @@ class Life:
             self._vm.events.emit("device.resized", device=device.id, size=args["desired_size"])
         return {"id": device.id, "operation": operation.id}
 
+    async def check_resize(self, args: dict[str, Any]) -> Device:
+        """Ask the disk's process."""
+        device = self._to_resize(args)
+        await self._vm.require_core().request(CoreVerb.CALL, RESIZE_TIMEOUT, device=device.id, verb="check",
+                                              args={"verb": "resize", "size": args["desired_size"]})
+        return device
+
+    def _to_resize(self, args: dict[str, Any]) -> Device:
+        device = self._vm.inventory.require("resize-disk", args["id"], "a disk")
+        if self._vm.state == "Created":
+            raise Conflict("resize-disk: the VM is not running", hint="its disks can be changed on the host")
+        return device
+
     async def set_link(self, args: dict[str, Any]) -> dict[str, Any]:
         """Have a network card's process pull its cable, put it in, or ask the guest to announce itself."""
-        device = self._vm.inventory.require("set-link", args["id"], "a network card")
-        if self._vm.state == "Created":
-            raise Conflict("set-link: the VM is not running")
+        device = self._to_link(args)
         verb, more = ("announce", {}) if args["link"] == "announce" else ("link", {"up": args["link"] == "up"})
         answer = await self._vm.require_core().request(CoreVerb.CALL, RESIZE_TIMEOUT, device=device.id, verb=verb,
                                                        args=more)
         result = answer.get("result")
         return {"id": device.id, "link": result.get("link") if isinstance(result, dict) else None}
+
+    async def check_link(self, args: dict[str, Any]) -> Device:
+        """See that a process is there to do it."""
+        device = self._to_link(args)
+        await self._vm.require_core().request(CoreVerb.CALL, RESIZE_TIMEOUT, device=device.id, verb="counters", args={})
+        return device
+
+    def _to_link(self, args: dict[str, Any]) -> Device:
+        device = self._vm.inventory.require("set-link", args["id"], "a network card")
+        if self._vm.state == "Created":
+            raise Conflict("set-link: the VM is not running")
+        return device

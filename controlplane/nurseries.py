@@ -12,11 +12,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cellvisor.controlplane.events import EventLog
-from cellvisor.controlplane.inventory import Catalog
+from cellvisor.controlplane.incarnation import GAVE_UP, cannot_serve
+from cellvisor.controlplane.inventory import Catalog, Device
 from cellvisor.controlplane.nurserylink import Exited, NurseryLink
 from cellvisor.controlplane.processes import Child, describe_exit, kill_pidfd
 from cellvisor.controlplane.rundir import RunDir
@@ -112,14 +113,7 @@ class Nurseries:
     async def spawn(self, device: str, generation: int, **rest: Any) -> tuple[int, int]:
         """Fork a worker from its home; returns pid and pidfd, ours to close. Raises TryAgain with code DIED if the
         nursery died over it: the worker may exist or not, so the next attempt is another generation's."""
-        number = self.homes.get(device, self.present)
-        if number not in self._links:
-            number = self.present
-            while number not in self._links:
-                if self._stopping or self._replacing is None or self._replacing.done():
-                    raise Internal(f"{device}: there is no nursery", hint="see cellvisor events")
-                await asyncio.shield(self._replacing)
-                number = self.present
+        number = await self._number(device)
         link = self._links[number]
         self.homes[device] = number
         try:
@@ -131,6 +125,26 @@ class Nurseries:
             if self._links.get(number) is link:
                 raise
             raise TryAgain(f"{device}: {error}", code=DIED) from None
+
+    async def try_out(self, device: Device, timeout: float, fds: Sequence[int] = ()) -> None:
+        """Have a process find out whether `device` can be made, with `fds` of the user. Raises what would be raised if
+        it were wanted; nothing is left, and a nursery that dies over it is not waited for."""
+        link = self._links[await self._number(device.id)]
+        reason = await link.try_out(device.id, device.type, device.options, fds, timeout)
+        if reason is None or reason:
+            raise cannot_serve(device.id, GAVE_UP if reason is None else reason)
+
+    async def _number(self, device: str) -> int:
+        """Return the nursery that the next process of a device comes from."""
+        number = self.homes.get(device, self.present)
+        if number not in self._links:
+            number = self.present
+            while number not in self._links:
+                if self._stopping or self._replacing is None or self._replacing.done():
+                    raise Internal(f"{device}: there is no nursery", hint="see cellvisor events")
+                await asyncio.shield(self._replacing)
+                number = self.present
+        return number
 
     # ---- going
 

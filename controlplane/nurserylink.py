@@ -6,14 +6,15 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cellvisor.controlplane.inventory import Catalog, DeviceType
+from cellvisor.controlplane.waiting import wait_readable
 from cellvisor.core import log
 from cellvisor.core.errors import CellvisorError, Internal, TryAgain, UsageError, from_wire
 from cellvisor.core.wire import fdpass
-from cellvisor.core.wire.messages import FromNursery, ToNursery
+from cellvisor.core.wire.messages import FromNursery, ToNursery, unpack
 
 TIMEOUT = 20.0
 SPAWN_TIMEOUT = 5.0  # a fork takes milliseconds
@@ -71,6 +72,29 @@ class NurseryLink:
             raise TryAgain(f"{device}: the nursery did not fork within {SPAWN_TIMEOUT:g} s") from None
         finally:
             self._waiting.pop((device, generation), None)
+
+    async def try_out(self, device: str, kind: str, options: dict[str, Any], fds: Sequence[int],
+                      timeout: float) -> str | None:
+        """Have a process find out whether a device can be made; returns why not, "" if it can, None if it said nothing.
+
+        `fds` are what the device would find in core's store as fd0, fd1, ... Raises Internal if it has not ended after
+        `timeout` seconds.
+        """
+        source, sink = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            try:
+                self._send({"k": ToNursery.TRY, "device": device, "type": kind, "options": options}, [sink, *fds])
+            finally:
+                os.close(sink)
+            said = b""
+            async with asyncio.timeout(timeout):
+                while part := await _read(source):
+                    said += part
+        except TimeoutError:
+            raise Internal(f"{device}: its process was not ready within {timeout:g} s") from None
+        finally:
+            os.close(source)
+        return str(unpack(said).get("reason")) if said else None
 
     def quit(self, *, spare: bool = False) -> None:
         """Ask the nursery to end, with whatever workers are left; `spare` those that others forked."""
@@ -143,6 +167,11 @@ class NurseryLink:
         for answer in pending:
             if not answer.done():
                 answer.set_exception(error)
+
+
+async def _read(fd: int) -> bytes:
+    await wait_readable(fd)
+    return os.read(fd, 1 << 16)
 
 
 def parse_catalog(body: dict[str, Any]) -> Catalog:

@@ -85,11 +85,20 @@ class Plug:
         self.pending.notified(operation, timeout)
         return device
 
+    async def check(self, verb: str, wanted: Wanted, fds: Sequence[int] = ()) -> Device:
+        """Return the device that add() would make. Raises what add() would raise now; nothing is changed or left."""
+        await self._settled(verb)
+        device = self._vm.inventory.check(wanted)
+        descriptors.check(device, fds)
+        if self._vm.state != "Created":
+            self._fleet()
+            _check_mode(verb, device)
+            await self._vm.nurseries.try_out(device, READY_TIMEOUT, fds)
+        return device
+
     async def _bring(self, device: Device, operation: Operation, undo: contextlib.AsyncExitStack) -> None:
         vm, fleet, core = self._vm, self._fleet(), self._core()
-        if device.mode == "tty":
-            raise UsageError(f"{operation.verb}: mode=tty needs the terminal that the VM was started from",
-                             hint="use mode=pty, file=PATH or socket=PATH")
+        _check_mode(operation.verb, device)
         undo.push_async_callback(self._take_back, fleet, device.id)
         one = await fleet.start(device)
         try:
@@ -147,6 +156,14 @@ class Plug:
                 self.pending.end(added, OpState.CANCELLED, "the device was removed")
         self.pending.notified(operation, timeout)
         return operation
+
+    async def check_removal(self, key: str, *, host_only: bool = False) -> Device:
+        """Return the device that remove() would be about. Raises what remove() would raise now; nothing is changed."""
+        await self._settled("remove-device")
+        device = self._vm.inventory.get(key)
+        if self._vm.state != "Created":
+            await self._core().request(CoreVerb.UNPLUG, device=key, force=host_only, check=True)
+        return device
 
     async def _see_out(self, key: str) -> None:
         """The device was given up while the guest lets it go."""
@@ -352,3 +369,9 @@ class Plug:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _check_mode(verb: str, device: Device) -> None:
+    if device.mode == "tty":
+        raise UsageError(f"{verb}: mode=tty needs the terminal that the VM was started from",
+                         hint="use mode=pty, file=PATH or socket=PATH")

@@ -9,10 +9,10 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from cellvisor.controlplane.inventory import SLOTS, Wanted
+from cellvisor.controlplane.inventory import SLOTS, Device, Wanted
 from cellvisor.controlplane.vmconfig import flat
 from cellvisor.core.errors import UsageError
-from cellvisor.core.wire.control import TEXT, VERBS, look_up
+from cellvisor.core.wire.control import TEXT, VERBS
 
 if TYPE_CHECKING:
     from cellvisor.controlplane.supervisor import Supervisor
@@ -26,9 +26,7 @@ def table(vm: Supervisor) -> dict[str, Handler]:
 
     def adds(verb: str) -> Handler:
         async def add(args: dict[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
-            want = wanted(verb, args)
-            if VERBS[verb].takes_fds:
-                want = with_fds(want, fds)
+            want = wanted(verb, args, fds)
             with contextlib.ExitStack() as stack:
                 held = [os.dup(fd) for fd in fds]  # whoever sent them may be gone while we wait
                 for fd in held:
@@ -60,23 +58,31 @@ def table(vm: Supervisor) -> dict[str, Handler]:
         return {"slots": {"total": len(SLOTS), "free": len(free), "next": free[0] if free else None},
                 "memory": {"hotplug_free": 0}}
 
-    async def validate(args: dict[str, Any]) -> dict[str, Any]:
-        options = dict(args)
-        verb = options.pop("verb", None)
-        if isinstance(verb, str) and verb in VERBS:
-            look_up(verb)  # says so if it is not supported yet
-        if verb not in (*ADDS, "add-virtio"):
-            raise UsageError(f"validate: verb={str(verb)[:40]!r} is not one that adds a device",
-                             hint=f"verbs: {', '.join((*ADDS, 'add-virtio'))}")
-        device = vm.inventory.check(wanted(str(verb), options))
-        return {"id": device.id, "bdf": device.bdf, "type": device.type, "options": device.options}
-
     return {**{verb: adds(verb) for verb in (*ADDS, "add-virtio")}, "remove-device": remove, "ops": ops,
-            "capacity": capacity, "validate": validate}
+            "capacity": capacity}
 
 
-def wanted(verb: str, args: Mapping[str, Any]) -> Wanted:
-    """Read what an add-* verb was given: a JSON object of options or, under TEXT, options as text."""
+def checks(vm: Supervisor) -> dict[str, Handler]:
+    """Return verb -> dry run of it: the same arguments, the same refusals, and the device that it is about."""
+
+    def adds(verb: str) -> Handler:
+        async def add(args: dict[str, Any], fds: Sequence[int] = ()) -> Device:
+            return await vm.plug.check(verb, wanted(verb, args, fds), fds)
+        return add
+
+    async def remove(args: dict[str, Any]) -> Device:
+        return await vm.plug.check_removal(args["id"], host_only=args["host_only"])
+
+    return {**{verb: adds(verb) for verb in (*ADDS, "add-virtio")}, "remove-device": remove}
+
+
+def wanted(verb: str, args: Mapping[str, Any], fds: Sequence[int] = ()) -> Wanted:
+    """Read what an add-* verb was given: a JSON object of options or, under TEXT, options as text; descriptors."""
+    want = _wanted(verb, args)
+    return with_fds(want, fds) if VERBS[verb].takes_fds else want
+
+
+def _wanted(verb: str, args: Mapping[str, Any]) -> Wanted:
     options = dict(args)
     kind, by_verb = ADDS.get(verb, ""), verb in ADDS
     if not by_verb:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from cellvisor.controlplane.inventory import Device
     from cellvisor.controlplane.supervisor import Supervisor
 
+VERB = "set-rate-limit"
+
 
 # ---- groups
 
@@ -86,40 +88,76 @@ def table(vm: Supervisor) -> dict[str, Callable[[dict[str, Any]], Awaitable[Any]
     """Return verb -> handler(args); handlers raise CellvisorError."""
 
     async def set_rate_limit(args: dict[str, Any]) -> dict[str, Any]:
-        if (args["id"] is None) == (args["group"] is None):
-            raise UsageError("set-rate-limit: give id (of a disk) or group" if args["id"] is None else
-                             f"set-rate-limit: id={args['id']} and group={args['group']}", hint="one of them")
+        _check_target(args)
         if args["group"] is not None:
             return await _change_group(vm, args["group"], args)
-        device = vm.inventory.require("set-rate-limit", args["id"], "a device with limits")
-        return await _change_device(vm, device, args)
+        return await _change_device(vm, args["id"], args)
 
-    return {"set-rate-limit": set_rate_limit}
+    return {VERB: set_rate_limit}
 
 
-async def _change_device(vm: Supervisor, device: Device, args: dict[str, Any]) -> dict[str, Any]:
+def checks(vm: Supervisor) -> dict[str, Callable[[dict[str, Any]], Awaitable[Any]]]:
+    """Return verb -> dry run of it: the same arguments and refusals, and what it is about."""
+
+    async def set_rate_limit(args: dict[str, Any]) -> Device | dict[str, Any]:
+        _check_target(args)
+        if args["group"] is not None:
+            limits, core = _of_group(vm, args["group"], args)
+            with _group_page(core, args["group"]):
+                return {"group": args["group"], **limits}
+        device, _, core = _of_device(vm, args["id"], args)
+        await core.request(CoreVerb.CALL, device=device.id, verb="counters", args={})  # is there a process to do it?
+        return device
+
+    return {VERB: set_rate_limit}
+
+
+def _check_target(args: dict[str, Any]) -> None:
+    if (args["id"] is None) == (args["group"] is None):
+        raise UsageError("set-rate-limit: give id (of a disk) or group" if args["id"] is None else
+                         f"set-rate-limit: id={args['id']} and group={args['group']}", hint="one of them")
+
+
+def _of_device(vm: Supervisor, key: str, args: dict[str, Any]) -> tuple[Device, dict[str, int], CoreLink]:
+    """Return the device, its limits to be, and whom to tell. Raises CellvisorError."""
+    device = vm.inventory.require(VERB, key, "a device with limits")
     if group := device.options.get(budget.GROUP):
         raise Conflict(f"set-rate-limit: id={device.id} shares the limits of {budget.GROUP}={group}",
                        hint="change the group's")
     limits = _merged(args, device.options)
-    core = _running(vm)
-    with vm.plug.operations.step("set-rate-limit", device.id, device.bdf) as operation:
+    return device, limits, _running(vm)
+
+
+async def _change_device(vm: Supervisor, key: str, args: dict[str, Any]) -> dict[str, Any]:
+    device, limits, core = _of_device(vm, key, args)
+    with vm.plug.operations.step(VERB, device.id, device.bdf) as operation:
         await core.request(CoreVerb.CALL, device=device.id, verb="limit", args=limits)
         remember(vm, device.id, limits)
         await core.keep_state()
     return {"id": device.id, "operation": operation.id, **limits}
 
 
-async def _change_group(vm: Supervisor, name: str, args: dict[str, Any]) -> dict[str, Any]:
+def _of_group(vm: Supervisor, name: str, args: dict[str, Any]) -> tuple[dict[str, int], CoreLink]:
+    """Return the group's limits to be, and where its page is. Raises CellvisorError."""
     group = next((one for one in vm.config.groups if one.id == name), None)
     if group is None:
         raise NotFound(f"set-rate-limit: no rate limit group {name[:80]!r}",
                        hint=f"groups: {', '.join(one.id for one in vm.config.groups) or 'none'}")
     limits = _merged(args, group.limits())
-    core = _running(vm)
+    return limits, _running(vm)
+
+
+@contextlib.contextmanager
+def _group_page(core: CoreLink, name: str) -> Iterator[mmap.mmap]:
     with _page(core, name) as page:
         if page is None:
             raise Internal(f"set-rate-limit: group={name} has no page in core")
+        yield page
+
+
+async def _change_group(vm: Supervisor, name: str, args: dict[str, Any]) -> dict[str, Any]:
+    limits, core = _of_group(vm, name, args)
+    with _group_page(core, name) as page:
         budget.put(page, limits)
     changed = build(budget.RateLimitGroup, {"id": name, **limits})
     others = tuple(changed if one.id == name else one for one in vm.config.groups)

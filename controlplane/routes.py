@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cellvisor.core.errors import CellvisorError, NotFound, UsageError
-from cellvisor.core.wire.control import MAX_ID, PATHS, ObjectArgs, Request, Verb, check_args, look_up
+from cellvisor.core.wire.control import MAX_ID, PATHS, ObjectArgs, Request, Verb, check_args, check_fds, look_up
 from cellvisor.core.wire.options import describe, parse_kv
 
 ROOT = "/api/v1/"
@@ -67,8 +67,7 @@ def parse(key: str | None, method: str, target: str, body: bytes, fds: tuple[int
     if method not in ("GET", "PUT") or (reads != verb.reads and not (own and method == "PUT")):
         raise UsageError(f"{method[:20]} {verb.http_path}: the method is {'GET' if verb.reads else 'PUT'}",
                          code="wrong-method")
-    if fds and not verb.takes_fds:
-        raise UsageError(f"{verb.http_path} takes no descriptors, {len(fds)} came")
+    check_fds(verb, fds)
     if body and (reads or not _takes_args(verb)):
         raise UsageError(f"{verb.http_path} takes no body, {len(body)} bytes came", code="unexpected-body")
     if reads or query:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import zmq.asyncio
 
-from cellvisor.controlplane import adopt, booting, descriptors, report
+from cellvisor.controlplane import adopt, booting, descriptors, report, vmconfig
 from cellvisor.controlplane.api import Api
 from cellvisor.controlplane.config import Payload, VmConfig
 from cellvisor.controlplane.corelink import CoreLink
@@ -193,13 +193,18 @@ class Supervisor:
             if self.core is not None:
                 await self.core.keep_state()
 
+    def plan(self, order: Order) -> vmconfig.Plan:
+        """Place the devices of `order`. Raises CellvisorError; nothing is changed."""
+        plan = vmconfig.plan(order, self.nurseries.catalog())
+        for device in plan.config.devices:
+            descriptors.check(device, descriptors.named(device))
+        return plan
+
     def create(self, order: Order) -> None:
         """Take `order` as the VM to boot. Raises CellvisorError, nothing is changed then."""
-        inventory = Inventory(self.nurseries.catalog(), [group.id for group in order.groups])
-        devices = tuple(inventory.add(order.wanted))
-        descriptors.give_named(self.require_core(), devices)
-        self.config = VmConfig(order.cpus, order.memory, order.payload, order.serial, devices, {}, order.groups)
-        self.inventory = inventory
+        plan = self.plan(order)
+        descriptors.give_named(self.require_core(), plan.config.devices)
+        self.config, self.inventory = plan.config, plan.inventory
         self.state = "Created"
         self.changed()
 

@@ -17,6 +17,7 @@ from cellvisor.core.errors import CellvisorError, Conflict
 from cellvisor.core.wire.messages import CoreVerb
 
 if TYPE_CHECKING:
+    from cellvisor.controlplane.inventory import Device
     from cellvisor.controlplane.supervisor import Supervisor
 
 VERB = "swap-disk"
@@ -29,9 +30,7 @@ def table(vm: Supervisor) -> dict[str, Callable[[dict[str, Any]], Awaitable[Any]
     async def swap_disk(args: dict[str, Any]) -> dict[str, Any]:
         key, path = args["id"], args["path"]
         async with vm.plug.locked(key):
-            device = vm.inventory.require(VERB, key, "a disk")
-            if vm.state not in ("Running", "Paused"):
-                raise Conflict(f"{VERB}: the VM is not running", hint="give the path when it is created")
+            device = _to_swap(vm, key)
             core, before = vm.require_core(), device.options["path"]
             with vm.plug.operations.step(VERB, key, device.bdf) as operation:
                 await core.request(CoreVerb.CALL, TIMEOUT, device=key, verb="open", args={"path": path})
@@ -47,6 +46,26 @@ def table(vm: Supervisor) -> dict[str, Callable[[dict[str, Any]], Awaitable[Any]
             return {"id": key, "path": path, "operation": operation.id}
 
     return {VERB: swap_disk}
+
+
+def checks(vm: Supervisor) -> dict[str, Callable[[dict[str, Any]], Awaitable[Device]]]:
+    """Return verb -> dry run of it: the same arguments and refusals, and the device."""
+
+    async def swap_disk(args: dict[str, Any]) -> Device:
+        async with vm.plug.locked(args["id"]):
+            device = _to_swap(vm, args["id"])
+            await vm.require_core().request(CoreVerb.CALL, TIMEOUT, device=device.id, verb="check",
+                                            args={"verb": "open", "path": args["path"]})
+            return device
+
+    return {VERB: swap_disk}
+
+
+def _to_swap(vm: Supervisor, key: str) -> Device:
+    device = vm.inventory.require(VERB, key, "a disk")
+    if vm.state not in ("Running", "Paused"):
+        raise Conflict(f"{VERB}: the VM is not running", hint="give the path when it is created")
+    return device
 
 
 def remember(vm: Supervisor, key: str, options: Mapping[str, Any]) -> None:

@@ -10,9 +10,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cellvisor import __version__
-from cellvisor.controlplane import lifeverbs, logtail, plugverbs, ratelimit, relay, report, swap, upgrade
+from cellvisor.controlplane import lifeverbs, logtail, plugverbs, ratelimit, relay, report, swap, upgrade, validate
 from cellvisor.core.errors import CellvisorError, Conflict, NotFound, TryAgain
-from cellvisor.core.wire.control import VERBS, Request
+from cellvisor.core.wire.control import VERBS, Request, Verb
 from cellvisor.core.wire.messages import CoreVerb
 
 if TYPE_CHECKING:
@@ -37,14 +37,18 @@ class Verbs:
             "restart-device": self._restart_device, "drain-device": self._drain_device,
             "nmi": change(CoreVerb.NMI), **lifeverbs.table(vm, self._turn), **plugverbs.table(vm),
             **upgrade.table(vm), **ratelimit.table(vm), **swap.table(vm),
+            **validate.table(vm, self._turn, self._admit),
         }
 
     async def serve(self, request: Request) -> Any:
         """Return the answer. Raises CellvisorError."""
-        if self._vm.state == "Empty" and not VERBS[request.verb].empty:
-            raise NotFound(f"{request.verb}: no VM was created", hint="create one first", code="not-created")
+        self._admit(VERBS[request.verb])
         more = (request.fds,) if VERBS[request.verb].takes_fds else ()
         return await self._serving[request.verb](request.args, *more)
+
+    def _admit(self, verb: Verb) -> None:
+        if self._vm.state == "Empty" and not verb.empty:
+            raise NotFound(f"{verb.name}: no VM was created", hint="create one first", code="not-created")
 
     async def _core(self, verb: CoreVerb, timeout: float, **args: Any) -> dict[str, Any]:
         if self._vm.core is None:

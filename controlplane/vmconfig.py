@@ -12,7 +12,7 @@ from typing import Any
 
 from cellvisor.controlplane import config
 from cellvisor.controlplane.config import Cpus, Memory, Payload, Serial
-from cellvisor.controlplane.inventory import Wanted
+from cellvisor.controlplane.inventory import Catalog, Inventory, Wanted
 from cellvisor.core.errors import UsageError
 from cellvisor.core.wire.budget import RateLimitGroup
 from cellvisor.core.wire.options import build, option
@@ -49,6 +49,21 @@ class Order:
     serial: Serial
     wanted: tuple[Wanted, ...]
     groups: tuple[RateLimitGroup, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """An order whose devices have their ids and slots."""
+
+    config: config.VmConfig
+    inventory: Inventory
+
+
+def plan(order: Order, catalog: Catalog) -> Plan:
+    """Give the devices ids and slots. Raises CellvisorError."""
+    inventory = Inventory(catalog, [group.id for group in order.groups])
+    return Plan(config.VmConfig(order.cpus, order.memory, order.payload, order.serial,
+                                tuple(inventory.add(order.wanted)), {}, order.groups), inventory)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

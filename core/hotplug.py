@@ -63,9 +63,11 @@ class Hotplug:
                     self._slots.insert(link.slot, link.function)
             return self._slots.state(link.slot)
 
-    def unplug(self, device: str, state: State, *, force: bool = False, cancel: bool = False) -> SlotState:
+    def unplug(self, device: str, state: State, *, force: bool = False, cancel: bool = False,
+               check: bool = False) -> SlotState:
         """Ask the guest for a device (again), call that off, or take it out without asking. Without a guest
-        it leaves at once. Returns the slot's state; EJECTED and GONE are also told by slot.ejected."""
+        it leaves at once. `check`: nothing of that, only raise Conflict as it would. Returns the slot's state; EJECTED
+        and GONE are also told by slot.ejected."""
         link = self._link(device)
         runs = state in GUEST_MAY_RUN
         with self._lock:
@@ -73,7 +75,9 @@ class Hotplug:
                 if not cancel and self.state(link) == SlotState.EJECTED:
                     return SlotState.EJECTED  # the guest let go before it could be asked again
                 raise Conflict(f"unplug {device}: it is not plugged")
-            if cancel:
+            if check:
+                pass
+            elif cancel:
                 self._slots.call_off(link.slot)
             elif force or not runs:
                 self._slots.take_out(link.slot, guest_runs=runs)

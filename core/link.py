@@ -24,7 +24,7 @@ from cellvisor.core.errors import CellvisorError, Conflict, UsageError, from_wir
 from cellvisor.core.fds import Connection
 from cellvisor.core.ring.state import StateMap, create_state
 from cellvisor.core.virtio.device import VirtioPciDevice
-from cellvisor.core.wire.messages import PROTOCOL, ToCore, ToWorker
+from cellvisor.core.wire.messages import MAX_REASON, PROTOCOL, ToCore, ToWorker, plain
 from cellvisor.core.wire.spec import Spec, spec_from_wire
 
 MAX_CONFIG = 4096
@@ -90,12 +90,6 @@ class Worker:
     backends: int = 0
     config: bytes = b""  # as it said HELLO
     calls: dict[int, Callable[[Any, CellvisorError | None], None]] = field(default_factory=dict)
-
-
-def plain(text: object, most: int = 300) -> str:
-    """Return `text` of a worker as one short line without anything that a terminal would obey."""
-    kept = (text if isinstance(text, str) else repr(text)[:most])[:most]
-    return "".join(c if c.isprintable() else "?" for c in kept)
 
 
 def _is_shallow(value: Any, depth: int) -> bool:
@@ -339,7 +333,7 @@ class Link:
                 self.function.needs_reset()
 
     def _failed(self, body: dict[str, Any]) -> None:
-        self.failure, self.refused = plain(body.get("reason", ""), 500), body.get("refused") is True
+        self.failure, self.refused = plain(body.get("reason", ""), MAX_REASON), body.get("refused") is True
         if self.worker is not None and self.worker.connection is None:
             self.died(self.failure)  # no pidfd yet that would tell of its end
 

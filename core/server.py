@@ -21,10 +21,10 @@ from cellvisor.core.custody import Custody
 from cellvisor.core.errors import CellvisorError, Internal, UsageError
 from cellvisor.core.fds import Connection, FdsServer
 from cellvisor.core.gate import Gate
-from cellvisor.core.link import Link, Worker, WorkerState, plain
+from cellvisor.core.link import Link, Worker, WorkerState
 from cellvisor.core.store import Store
 from cellvisor.core.wire import places
-from cellvisor.core.wire.messages import MAX_MESSAGE, pack, unpack
+from cellvisor.core.wire.messages import MAX_MESSAGE, pack, plain, unpack
 from cellvisor.core.wire.reactor import Reactor
 
 HIGH_WATER = 1000

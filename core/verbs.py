@@ -74,7 +74,8 @@ class Verbs:
 
     def _unplug(self, args: dict[str, Any], reply: Reply) -> None:
         state = self._machine.hotplug.unplug(str(args.get("device")), self._machine.state,
-                                             force=args.get("force") is True, cancel=args.get("cancel") is True)
+                                             force=args.get("force") is True, cancel=args.get("cancel") is True,
+                                             check=args.get("check") is True)
         reply({"state": str(state)})
 
     def _detach(self, args: dict[str, Any], reply: Reply) -> None:

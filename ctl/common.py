@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from cellvisor.core.errors import TryAgain, UsageError
+
+if TYPE_CHECKING:
+    from cellvisor.ctl.client import Client
 
 PATIENCE = 30.0  # seconds for everything to be gone
 
@@ -28,16 +32,35 @@ def show_json(body: Any) -> int:
     return 0
 
 
-def ask(options: argparse.Namespace, verb: str, done: str, **args: Any) -> int:
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a command asks of which VM (None: the only one), and the descriptors that go along."""
+
+    vm: str | None
+    verb: str
+    args: dict[str, Any]
+    fds: tuple[int, ...] = ()
+
+    def put(self, client: Client) -> Any:
+        """Ask, and return the answer."""
+        return client.call(self.verb, *self.fds, **self.args)
+
+
+def change(options: argparse.Namespace, request: Request, done: str) -> int:
     """Ask the VM for a change and say that it is done."""
     from cellvisor.ctl.client import Client
 
-    with Client(options.vm) as client:
-        answer = client.call(verb, **args)
+    with Client(request.vm) as client:
+        answer = request.put(client)
         if options.json:
             return show_json(answer)
         print(f"{client.name}: {done}")
     return 0
+
+
+def ask(options: argparse.Namespace, verb: str, done: str, **args: Any) -> int:
+    """Ask the VM of the arguments for a change and say that it is done."""
+    return change(options, Request(options.vm, verb, args), done)
 
 
 def end(options: argparse.Namespace, verb: str) -> int:

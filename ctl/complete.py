@@ -17,7 +17,6 @@ from cellvisor.core.wire import places
 from cellvisor.ctl import dispatch
 
 PATIENCE = 2.0  # seconds for a VM to answer: somebody waits at the prompt
-ADDS = re.compile(r"add-\w+")
 GLOBAL = ("--api-socket", "--help", "--version")
 
 
@@ -45,6 +44,8 @@ def complete(words: list[str]) -> list[str]:
 def _arguments(verb: str, before: list[str], now: str) -> Iterable[str]:
     if verb == "run":
         return _run_flags() if now.startswith("-") else ()
+    if verb == "validate" and before:
+        return _arguments(before[0], before[1:], now)
     parser = dispatch.parser(verb, dispatch.load(verb))
     flags = {flag: action for action in parser._actions for flag in action.option_strings}
     flag, equals, _ = now.partition("=")
@@ -101,7 +102,9 @@ def _values(verb: str, action: argparse.Action, before: list[str], given: list[s
     if verb == "ops" and action.dest == "id":
         return [*_ask(named, lambda call: [one["id"] for one in call("ops")["operations"]]), *_devices(named)]
     if verb == "validate" and action.dest == "verb":
-        return [name for name in dispatch.names() if ADDS.fullmatch(name)]
+        from cellvisor.ctl.commands import validate
+
+        return validate.verbs()
     return ()
 
 

@@ -90,7 +90,7 @@ def run(argv: list[str]) -> int:
             return 0
         command = load(argv[0])
         reader = parser(argv[0], command)
-        if argv[0] != "run":
+        if argv[0] not in ("run", "validate"):
             reader.check_flags(argv[1:])
         options = reader.parse_args(argv[1:])
         if socket is not None:

@@ -40,15 +40,20 @@ def split(options: argparse.Namespace, *, optional: bool = False) -> tuple[str |
     return None, words[0]
 
 
-def add(options: argparse.Namespace, verb: str, *, optional: bool = False, fds: bool = False, **more: Any) -> int:
-    """Add a device whose options are the last word, and follow it. `fds`: its key fd names descriptors of ours."""
-    from cellvisor.ctl.client import Client
-
+def addition(options: argparse.Namespace, verb: str, *, optional: bool = False, fds: bool = False,
+             **more: Any) -> common.Request:
+    """Ask for a device whose options are the last word. `fds`: its key fd names descriptors of ours."""
     vm, text = split(options, optional=optional)
     text, ours = take_fds(text) if fds else (text, ())
-    with Client(vm) as client:
-        answer = client.call(verb, *ours, **more, **{TEXT: text})
-        return follow(client, options, answer)
+    return common.Request(vm, verb, {**more, TEXT: text}, ours)
+
+
+def ask(options: argparse.Namespace, request: common.Request) -> int:
+    """Ask for a device to come or to go, and follow it."""
+    from cellvisor.ctl.client import Client
+
+    with Client(request.vm) as client:
+        return follow(client, options, request.put(client))
 
 
 def take_fds(text: str) -> tuple[str, tuple[int, ...]]:

@@ -28,6 +28,7 @@ class Host(Protocol):
     device_id: str
     generation: int
     activation: int  # of the driver: each has another number
+    trial: bool  # whether __init__ can work is all that is asked (devices/trial.py): leave no mark outside of here
 
     def watch(self, fd: int, callback: Callable[[int], None], events: int = ...) -> None:
         """Call `callback(events)` while `fd` is ready (epoll, level-triggered)."""
@@ -89,7 +90,10 @@ class Device(Protocol):
     help: ClassVar[str]
 
     def __init__(self, options: Any, host: Host) -> None:
-        """Open the back end. Raise CellvisorError to refuse, naming key and value."""
+        """Open the back end. Raise CellvisorError to refuse, naming key and value.
+
+        In a trial the same is refused, but nothing is made, locked or taken that others could see.
+        """
 
     @property
     def spec(self) -> Spec:
@@ -129,7 +133,8 @@ class DeviceBase:
         """The driver wrote to device config space."""
 
     def call(self, verb: str, args: dict[str, Any]) -> Any:
-        """Serve a verb of the API (resize, ...). Raise CellvisorError to refuse."""
+        """Serve a verb of the API (resize, ...). Raise CellvisorError to refuse. `check` with the `verb` that is meant
+        and its arguments: refuse what that would, and change nothing."""
         from cellvisor.core.errors import UsageError
 
         raise UsageError(f"{type(self).__name__.lower()} has no verb {verb!r}")

@@ -21,6 +21,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ from cellvisor.core.errors import CellvisorError, Conflict, NotFound, UsageError
 from cellvisor.core.wire import fdpass
 from cellvisor.core.wire.messages import FromNursery, ToNursery
 from cellvisor.core.wire.reactor import Reactor
-from cellvisor.devices import catalog, worker
+from cellvisor.devices import catalog, trial, worker
 from cellvisor.devices.guardian import Guardian
 
 REAP_SECONDS = 0.8  # "within 1 s" of core's death
@@ -57,6 +58,7 @@ class Nursery:
         self._catalog = catalog.load()
         self._children: dict[tuple[str, int], Child] = {}
         self._wards: dict[int, int] = {}
+        self._trials: dict[int, int] = {}  # pid -> pidfd
         self._untold: list[dict[str, Any]] = []
         self._peer: socket.socket | None = None
         self._reactor = Reactor()
@@ -149,6 +151,8 @@ class Nursery:
                 self._ward(pid, fds.pop(0))
         elif kind == ToNursery.SPAWN:
             self._spawn(body)
+        elif kind == ToNursery.TRY:
+            self._try(body, fds)
         elif kind == ToNursery.KILL:
             child = self._children.get((_text(body, "device"), _whole(body, "generation")))
             if child is None:
@@ -177,12 +181,33 @@ class Nursery:
             raise Conflict(f"worker {who.device}/{who.generation} is running")
         pid = os.fork()
         if pid == 0:
-            _be_worker(entry, options, who, around)
+            _become([self._core_pidfd], lambda: worker.run(entry.name, entry.cls, options, who, around))
         child = Child(who.device, who.generation, pid, os.pidfd_open(pid))
         self._children[key] = child
         self._reactor.add(child.pidfd, lambda events: self._reap(child))
         self._tell({"k": FromNursery.SPAWNED, "device": who.device, "generation": who.generation, "pid": pid},
                    child.pidfd)
+
+    def _try(self, body: dict[str, Any], fds: list[int]) -> None:
+        """Have a process find out whether a device can be made; it answers for itself, at the pipe that came along.
+
+        Other descriptors are the device's.
+        """
+        entry, device, options = self._catalog.get(body.get("type")), _text(body, "device"), body.get("options")
+        if not isinstance(options, dict) or not fds:
+            raise UsageError("try: options is no map, or there is no pipe")
+        pid = os.fork()
+        if pid == 0:
+            around = worker.Surroundings("", -1, self._verbosity, self._log_path)
+            _become(fds, lambda: trial.run(entry.cls, options, device, fds, around))
+        self._trials[pid] = pidfd = os.pidfd_open(pid)
+
+        def ended(events: int) -> None:
+            if os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG) is not None:
+                self._reactor.remove(pidfd)
+                os.close(self._trials.pop(pid))
+
+        self._reactor.add(pidfd, ended)
 
     def _ward(self, pid: int, pidfd: int) -> None:
         """Answer for a worker that another nursery forked."""
@@ -225,7 +250,7 @@ class Nursery:
         """Kill and reap every worker. One that hangs in the kernel is left to init."""
         for child in self._children.values():
             _kill(child)
-        for pidfd in self._wards.values():
+        for pidfd in (*self._wards.values(), *self._trials.values()):
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         end = time.monotonic() + REAP_SECONDS
@@ -239,18 +264,19 @@ def _kill(child: Child) -> None:
         signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
 
 
-def _be_worker(entry: catalog.Entry, options: dict[str, Any], who: worker.Incarnation,
-               around: worker.Surroundings) -> None:
-    """Turn the forked child into a worker; never returns."""
+def _become(keep: Iterable[int], work: Callable[[], int]) -> None:
+    """Have the forked child do `work`, with these descriptors of ours, and end with its status; never returns."""
     status = 70  # EX_SOFTWARE: a mistake before the worker could say FAILED
     try:
         for handler in logging.getLogger("cellvisor").handlers:
             handler.close()
-        keep = around.core_pidfd
         # Objects that owned these numbers are referenced until os._exit and never close them again.
-        os.closerange(3, keep if keep > 2 else 3)
-        os.closerange(max(keep, 2) + 1, os.sysconf("SC_OPEN_MAX"))
-        status = worker.run(entry.name, entry.cls, options, who, around)
+        first = 3
+        for fd in sorted(fd for fd in keep if fd > 2):
+            os.closerange(first, fd)
+            first = fd + 1
+        os.closerange(first, os.sysconf("SC_OPEN_MAX"))
+        status = work()
     except BaseException:
         traceback.print_exc()
     finally:

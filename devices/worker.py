@@ -61,12 +61,17 @@ class Surroundings:
     log_path: str | None = None
 
 
+def reason_of(error: Exception) -> str:
+    """Say why a device cannot serve: in its own words, if it refuses."""
+    return str(error) if isinstance(error, CellvisorError) else f"{type(error).__name__}: {error}"
+
+
 class Worker:
     """One device process; the Host of its device."""
 
     def __init__(self, kind: str, who: Incarnation, around: Surroundings) -> None:
         self.kind, self.who = kind, who
-        self.device_id, self.generation = who.device, who.generation
+        self.device_id, self.generation, self.trial = who.device, who.generation, False
         self.status = 0
         self.reactor = Reactor()
         self._log = log.get("worker")
@@ -145,7 +150,7 @@ class Worker:
             self._log.info("%s", error)  # whoever started us says it, in one line
         else:
             self._log.error("%s", traceback.format_exc().rstrip())
-        reason = str(error) if isinstance(error, CellvisorError) else f"{type(error).__name__}: {error}"
+        reason = reason_of(error)
         refused = isinstance(error, CellvisorError) and self._state is None
         self._send(ToCore.FAILED, reason=reason, refused=refused)
 
@@ -371,18 +376,23 @@ def _drain(fd: int) -> None:
 
 def run(kind: str, cls: type[Any], options: dict[str, Any], who: Incarnation, around: Surroundings) -> int:
     """Be the process of one device, in a freshly forked child. Returns the exit status."""
-    os.setsid()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for name, text in (("comm", f"cv-{who.device.lstrip('_')}"[:15]), ("oom_score_adj", "500")):
-        try:
-            with open(f"/proc/self/{name}", "w") as file:
-                file.write(text)
-        except OSError:
-            pass  # a hardened /proc; only names and preferences depend on it
-    log.setup(f"{who.device}/{who.generation}", around.verbosity, around.log_path)
+    settle_in(who.device, f"{who.device}/{who.generation}", around)
     try:
         worker = Worker(kind, who, around)
     except (OSError, zmq.ZMQError) as error:
         log.get("worker").error("cannot reach core in %s: %s", around.run_dir, error)
         return 1
     return worker.main(cls, options)
+
+
+def settle_in(name: str, log_name: str, around: Surroundings) -> None:
+    """Be a process of one's own after the fork: in a session, under a name, with a log."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for file_name, text in (("comm", f"cv-{name.lstrip('_')}"[:15]), ("oom_score_adj", "500")):
+        try:
+            with open(f"/proc/self/{file_name}", "w") as file:
+                file.write(text)
+        except OSError:
+            pass  # a hardened /proc; only names and preferences depend on it
+    log.setup(log_name, around.verbosity, around.log_path)

@@ -8,8 +8,9 @@ from cffi import FFI
 
 HERE = Path(__file__).parent
 HEADERS = ["memory.h", "ring.h", "vcpu.h", "file.h", "eventfd.h", "budget.h"]
-KERNEL_HEADERS = ["if.h", "if_tun.h", "kvm.h", "pci_regs.h", "sockios.h", "virtio_blk.h", "virtio_config.h",
-                  "virtio_console.h", "virtio_ids.h", "virtio_net.h", "virtio_pci.h", "virtio_ring.h"]
+KERNEL_HEADERS = ["if.h", "if_link.h", "if_tun.h", "kvm.h", "pci_regs.h", "rtnetlink.h", "sockios.h", "virtio_blk.h",
+                  "virtio_config.h", "virtio_console.h", "virtio_ids.h", "virtio_net.h", "virtio_pci.h",
+                  "virtio_ring.h"]
 SOURCES = ["memory.c", "chain.c", "ring.c", "vcpu.c", "kvm.c", "file.c", "eventfd.c", "budget.c"]
 
 

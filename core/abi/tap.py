@@ -1,4 +1,4 @@
-"""Tap devices and how an interface is set up (linux/if_tun.h, sockios.h; tun(4), netdevice(7))."""
+"""Tap devices and how an interface is set up (linux/if_tun.h, sockios.h, rtnetlink.h; netdevice(7), rtnetlink(7))."""
 
 from __future__ import annotations
 
@@ -33,7 +33,22 @@ SIOCSIFMTU: int = _lib.SIOCSIFMTU
 SIOCSIFADDR: int = _lib.SIOCSIFADDR
 SIOCSIFNETMASK: int = _lib.SIOCSIFNETMASK
 SIOCSIFHWADDR: int = _lib.SIOCSIFHWADDR
+RTM_GETLINK: int = _lib.RTM_GETLINK
+RTM_NEWLINK: int = _lib.RTM_NEWLINK
+NLM_F_REQUEST: int = _lib.NLM_F_REQUEST
+NLA_TYPE_MASK: int = _lib.NLA_TYPE_MASK
+IFLA_CARRIER: int = _lib.IFLA_CARRIER
+IFLA_LINKINFO: int = _lib.IFLA_LINKINFO
+IFLA_INFO_KIND: int = _lib.IFLA_INFO_KIND
+IFLA_INFO_DATA: int = _lib.IFLA_INFO_DATA
+IFLA_TUN_OWNER: int = _lib.IFLA_TUN_OWNER
+IFLA_TUN_GROUP: int = _lib.IFLA_TUN_GROUP
+IFLA_TUN_TYPE: int = _lib.IFLA_TUN_TYPE
+IFLA_TUN_MULTI_QUEUE: int = _lib.IFLA_TUN_MULTI_QUEUE
 
+NLMSGHDR = Struct("=IHHII")  # length, type, flags, number, port
+IFINFOMSG = Struct("=BxHiII")  # family, type, index, flags, change
+RTATTR = Struct("=HH")  # length with this, type
 IFREQ_FLAGS = Struct("=16sH22x")  # struct ifreq: the name, then a union of 24 bytes
 IFREQ_INT = Struct("=16si20x")
 IFREQ_ADDRESS = Struct("=16sH14s8x")  # struct sockaddr: family and data

@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cellvisor.core._native import _native
-from cellvisor.core.errors import Conflict, UsageError
+from cellvisor.core.errors import UsageError
+from cellvisor.core.wire import bytepath
 from cellvisor.core.wire.reactor import Reactor
 
 BACKLOG = 64 << 10
@@ -207,7 +208,7 @@ class ByteChannel:
 
     def _open_socket(self, listener: int | None, client: int | None) -> None:
         if listener is None:
-            self._listener = _listen(self.path)
+            self._listener = bytepath.listen(self.path)
             self._keep("listener", self._listener.fileno())
         else:
             self._listener = socket.socket(fileno=listener)
@@ -217,11 +218,7 @@ class ByteChannel:
             self._in = self._out = client
 
     def _open_file(self, append: bool) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | (0 if append else os.O_TRUNC)
-        try:
-            self._out = os.open(self.path, flags | os.O_NONBLOCK, 0o644)
-        except OSError as error:
-            raise UsageError(f"file={self.path}: {error.strerror}") from None
+        self._out = bytepath.open_file(self.path, append=append)
 
     def _open_tty(self, output: int | None, source: int | None) -> None:
         if output is None and source is None:
@@ -360,36 +357,3 @@ def _own(fd: int, access: int) -> int:
     if stat.S_ISSOCK(kind):
         os.set_blocking(fd, False)
     return fd
-
-
-def _listen(path: str) -> socket.socket:
-    if len(os.fsencode(path)) > 107:
-        raise UsageError(f"socket={path}: {len(os.fsencode(path))} bytes", hint="at most 107")
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        _unlink_stale(path)
-        sock.bind(path)
-        sock.listen(1)
-    except OSError as error:
-        sock.close()
-        raise UsageError(f"socket={path}: {error.strerror}") from None
-    except Conflict:
-        sock.close()
-        raise
-    return sock
-
-
-def _unlink_stale(path: str) -> None:
-    """Remove a socket that nobody listens on."""
-    try:
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise Conflict(f"socket={path} exists and is no socket", hint="name another path")
-    except FileNotFoundError:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-    raise Conflict(f"socket={path}: somebody listens there already", hint="name another path")

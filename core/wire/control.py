@@ -9,7 +9,7 @@ One table, served over ZeroMQ (ROUTER at `api.sock`, one msgpack map per message
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -167,7 +167,8 @@ _TABLE = (
     Verb("boot", "boot the VM that was created", path="vm.boot"),
     Verb("delete", "end the VM and forget its configuration", path="vm.delete", empty=True),
     Verb("nmi", "inject a non-maskable interrupt into every vCPU", path="vm.nmi"),
-    Verb("validate", "check a device's options without adding it", ObjectArgs, answers=True),
+    Verb("validate", "tell whether another verb would be refused now, without doing it", ObjectArgs, answers=True,
+         empty=True, takes_fds=True),
     Verb("capacity", "tell free slots and free memory room", reads=True),
     Verb("resize", "change vCPUs, memory or balloon", path="vm.resize", ready=False),
     Verb("resize-zone", "change a memory zone's size", path="vm.resize-zone", ready=False),
@@ -242,6 +243,12 @@ def check_args(verb: Verb, args: object) -> dict[str, Any]:
     schema = describe(verb.args)
     given = validate(args, schema, verb.name)
     return {name: given.get(name, rule.get("default")) for name, rule in schema["keys"].items()}
+
+
+def check_fds(verb: Verb, fds: Sequence[int]) -> None:
+    """Raise UsageError for descriptors that nobody wants."""
+    if fds and not verb.takes_fds:
+        raise UsageError(f"{verb.http_path} takes no descriptors, {len(fds)} came")
 
 
 def repeats(name: str, args: Mapping[str, Any]) -> bool:

@@ -36,6 +36,7 @@ from cellvisor.core.errors import UsageError
 
 PROTOCOL = 1
 MAX_MESSAGE = 4 << 20
+MAX_REASON = 500  # characters of why a worker cannot serve
 MAX_ITEMS = 1 << 14  # of one list or map: a header may claim 2^32, and msgpack allocates what it claims
 
 
@@ -75,9 +76,10 @@ class CoreVerb(StrEnum):
     device.expelled {reason} (core kills a worker that lies or hangs), device.poison {queue, text},
     device.backend {change: lost|found, text}, device.reset-waits {device} (nobody is there to finish a reset),
     vm.booting, booted, paused, resumed, rebooting, rebooted, shutdown (the guest powered off), crashed {reason}.
-    PLUG {device} shows an attached device to a running guest, UNPLUG {device, force?, cancel?} has the guest give it
-    back, DETACH {device} forgets one that is in no slot. Events: slot.enumerated {device, slot, how: ost|driver|reset},
-    slot.bound, slot.ost {event, status}, slot.ejected {how: guest|reset|force}, slot.freed, eject.unexpected.
+    PLUG {device} shows an attached device to a running guest, UNPLUG {device, force?, cancel?, check?} has the guest
+    give it back (check: only says whether it could), DETACH {device} forgets one that is in no slot.
+    Events: slot.enumerated {device, slot, how: ost|driver|reset}, slot.bound, slot.ost {event, status}, slot.ejected
+    {how: guest|reset|force}, slot.freed, eject.unexpected.
     Times are in ns of CLOCK_MONOTONIC. The user's terminal is deposited as `<device>/tty` (output) and
     `<device>/tty-in`; the serial port's device is `__serial`.
 
@@ -113,11 +115,13 @@ class ToNursery(StrEnum):
     SPAWN {device, generation, type, options, token, run_dir, suspect?, drain?} -> SPAWNED {device, generation, pid}
     with a pidfd; later EXITED {device, generation, pid, status}, status being "exit N" or "signal N". CHILDREN ->
     CHILDREN {children: [[device, generation, pid], ...]} with their pidfds. WARD {pids} with pidfds: workers of a
-    nursery that died, to be killed with the others when core is gone.
+    nursery that died, to be killed with the others when core is gone. TRY {device, type, options} with the end of a
+    pipe: a process that only finds out whether such a device can be made writes {reason} there, "" if it can, and ends.
     """
 
     CATALOG = "catalog"
     SPAWN = "spawn"
+    TRY = "try"
     KILL = "kill"
     CHILDREN = "children"
     WARD = "ward"
@@ -132,6 +136,12 @@ class FromNursery(StrEnum):
     EXITED = "exited"
     CHILDREN = "children"
     ERROR = "error"
+
+
+def plain(text: object, most: int = 300) -> str:
+    """Return `text` of a worker as one short line without anything that a terminal would obey."""
+    kept = (text if isinstance(text, str) else repr(text)[:most])[:most]
+    return "".join(c if c.isprintable() else "?" for c in kept)
 
 
 def pack(body: dict[str, Any]) -> bytes:

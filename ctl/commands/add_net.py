@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from cellvisor.ctl import plugging
+from cellvisor.ctl.common import Request
 
 HELP = "Plug a network card into a running VM."
 EXAMPLE = "cellvisor add-net web tap=tap1,mac=52:54:00:12:34:56,id=lan"
@@ -15,6 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plugging.add_words(parser, "tap=NAME,key=value", "options as for --net; fd=[N] goes along over --api-socket")
 
 
+def request(options: argparse.Namespace) -> Request:
+    """Say what is asked for."""
+    return plugging.addition(options, "add-net", fds=True)
+
+
 def run(options: argparse.Namespace) -> int:
     """Ask, then follow the operation."""
-    return plugging.add(options, "add-net", fds=True)
+    return plugging.ask(options, request(options))

@@ -6,6 +6,7 @@ import argparse
 
 from cellvisor.core.errors import UsageError
 from cellvisor.ctl import plugging
+from cellvisor.ctl.common import Request
 
 HELP = "Plug a device of any type into a running VM."
 EXAMPLE = "cellvisor add-virtio web rng,src=/dev/urandom"
@@ -16,11 +17,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plugging.add_words(parser, "TYPE,key=value", "a type and its options as for --device-type")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Ask, then follow the operation."""
+def request(options: argparse.Namespace) -> Request:
+    """Say what is asked for. Raises UsageError for options without a type."""
     *before, word = options.words
     kind, _, text = word.partition(",")
     if not kind or "=" in kind:
         raise UsageError(f"{word[:80]!r} does not begin with the name of a type", hint="write TYPE,key=value")
     options.words = [*before, text]
-    return plugging.add(options, "add-virtio", type=kind)
+    return plugging.addition(options, "add-virtio", type=kind)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Ask, then follow the operation."""
+    return plugging.ask(options, request(options))

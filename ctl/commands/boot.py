@@ -11,6 +11,11 @@ EXAMPLE = "cellvisor boot web"
 add_arguments = common.add_vm
 
 
+def request(options: argparse.Namespace) -> common.Request:
+    """Say what is asked for."""
+    return common.Request(options.vm, "boot", {})
+
+
 def run(options: argparse.Namespace) -> int:
     """Ask for it."""
-    return common.ask(options, "boot", "booted")
+    return common.change(options, request(options), "booted")

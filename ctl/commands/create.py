@@ -22,15 +22,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_json(parser)
 
 
+def request(options: argparse.Namespace) -> common.Request:
+    """Say what is asked for. Raises NotFound, UsageError for a file that is no configuration."""
+    if len(options.words) > 2:
+        raise UsageError(f"unexpected argument {options.words[2][:80]!r}", hint="write cellvisor create VM FILE")
+    body = _read(options.words[-1] if options.words else "-")
+    return common.Request(options.words[0] if len(options.words) == 2 else None, "create", body)
+
+
 def run(options: argparse.Namespace) -> int:
     """Read, then ask."""
     from cellvisor.ctl.client import Client
 
-    if len(options.words) > 2:
-        raise UsageError(f"unexpected argument {options.words[2][:80]!r}", hint="write cellvisor create VM FILE")
-    body = _read(options.words[-1] if options.words else "-")
-    with Client(options.words[0] if len(options.words) == 2 else None) as client:
-        answer = client.call("create", **body)
+    asked = request(options)
+    with Client(asked.vm) as client:
+        answer = asked.put(client)
         if options.json:
             return common.show_json(answer)
         print(f"{client.name}: created; cellvisor boot starts it")

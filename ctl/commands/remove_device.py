@@ -20,11 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                              "has not written, and may hang until the guest reboots")
 
 
+def request(options: argparse.Namespace) -> common.Request:
+    """Say what is asked for."""
+    vm, key = plugging.split(options)
+    return common.Request(vm, "remove-device", {"id": key, "timeout": options.timeout, "host_only": options.host_only})
+
+
 def run(options: argparse.Namespace) -> int:
     """Ask, then follow the operation."""
-    from cellvisor.ctl.client import Client
-
-    vm, key = plugging.split(options)
-    with Client(vm) as client:
-        answer = client.call("remove-device", id=key, timeout=options.timeout, host_only=options.host_only)
-        return plugging.follow(client, options, answer)
+    return plugging.ask(options, request(options))

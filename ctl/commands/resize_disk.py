@@ -17,7 +17,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", required=True, metavar="SIZE", help="bytes, or with K, M, G or T")
 
 
+def request(options: argparse.Namespace) -> common.Request:
+    """Say what is asked for."""
+    return common.Request(options.vm, "resize-disk", {"id": options.disk,
+                                                      "desired_size": common.size("--size", options.size)})
+
+
 def run(options: argparse.Namespace) -> int:
     """Ask for it."""
-    size = common.size("--size", options.size)
-    return common.ask(options, "resize-disk", f"{options.disk} has {size} bytes", id=options.disk, desired_size=size)
+    asked = request(options)
+    return common.change(options, asked, f"{options.disk} has {asked.args['desired_size']} bytes")

@@ -17,12 +17,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--link", required=True, choices=("up", "down", "announce"), help="what to do")
 
 
+def request(options: argparse.Namespace) -> common.Request:
+    """Say what is asked for."""
+    return common.Request(options.vm, "set-link", {"id": options.net, "link": options.link})
+
+
 def run(options: argparse.Namespace) -> int:
     """Ask for it."""
     from cellvisor.ctl.client import Client
 
     with Client(options.vm) as client:
-        answer = client.call("set-link", id=options.net, link=options.link)
+        answer = request(options).put(client)
         if options.json:
             return common.show_json(answer)
         print(f"{client.name}: the link of {options.net} is {answer['link']}")

@@ -22,14 +22,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                              "ops_refill_time (ms); what is not given stays, a size of 0 is no limit")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Ask for it."""
+def request(options: argparse.Namespace) -> common.Request:
+    """Say what is asked for."""
     from cellvisor.core.wire.budget import KEYS, RateLimitArgs
     from cellvisor.core.wire.options import describe, parse_kv
 
     schema = describe(RateLimitArgs)
     schema["keys"] = {key: schema["keys"][key] for key in KEYS}
     limits = parse_kv(options.limit, schema, "--limit")
-    device = options.disk or options.net
-    return common.ask(options, "set-rate-limit", f"{device or options.group} has {options.limit}", id=device,
-                      group=options.group, **limits)
+    return common.Request(options.vm, "set-rate-limit", {"id": options.disk or options.net, "group": options.group,
+                                                         **limits})
+
+
+def run(options: argparse.Namespace) -> int:
+    """Ask for it."""
+    asked = request(options)
+    return common.change(options, asked, f"{asked.args['id'] or options.group} has {options.limit}")

@@ -17,9 +17,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--path", required=True, metavar="FILE", help="raw image or block device")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Ask for it."""
+def request(options: argparse.Namespace) -> common.Request:
+    """Say what is asked for."""
     import os
 
     path = os.path.abspath(options.path) if options.path else ""
-    return common.ask(options, "swap-disk", f"{options.disk} has {path}", id=options.disk, path=path)
+    return common.Request(options.vm, "swap-disk", {"id": options.disk, "path": path})
+
+
+def run(options: argparse.Namespace) -> int:
+    """Ask for it."""
+    asked = request(options)
+    return common.change(options, asked, f"{options.disk} has {asked.args['path']}")

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 
 from cellvisor.core import log
 from cellvisor.core._native import _native
-from cellvisor.core.errors import Conflict, UsageError
+from cellvisor.core.errors import CellvisorError, Conflict, UsageError
 
 SECTOR = 512
 CHUNK = 1 << 20
@@ -39,10 +39,11 @@ class Disk:
 
     `size` changes by resize() only; `logical` is the block size that direct I/O needs, `physical` the
     one that is fast. Raises UsageError or Conflict naming the path if it cannot be opened or locked; the
-    lock is waited for up to `patience` seconds.
+    lock is waited for up to `patience` seconds. `trial`: it is not taken, only asked for.
     """
 
-    def __init__(self, path: str, *, readonly: bool = False, direct: bool = False, patience: float = 0.0) -> None:
+    def __init__(self, path: str, *, readonly: bool = False, direct: bool = False, patience: float = 0.0,
+                 trial: bool = False) -> None:
         self.path, self.readonly = path, readonly
         self._direct = direct
         flags = (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
@@ -57,7 +58,7 @@ class Disk:
             raise UsageError(f"path={path}: {error.strerror}", hint=hint) from None
         try:
             self._measure()
-            lock(self.fd, path, exclusive=not readonly, patience=patience)
+            lock(self.fd, path, exclusive=not readonly, patience=patience, trial=trial)
         except BaseException:
             os.close(self.fd)
             raise
@@ -179,6 +180,21 @@ class Disk:
         The file's own size is the only record, and it changes in one step: whoever opens it next sees the old
         or the new one. Raises UsageError or Conflict with the reason; nothing has changed then.
         """
+        more = self.check_resize(size, sparse=sparse)
+        if not more:
+            return
+        try:
+            if more > 0 and not sparse:
+                self._reserve(more)
+            os.truncate(self.fd, size)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(self.fd, self.size)  # what was reserved beyond the end goes back
+            raise self._no_size(size, error) from None
+        self.size = size
+
+    def check_resize(self, size: int, *, sparse: bool = True) -> int:
+        """Refuse what resize() would before it begins; returns how many bytes more it would make of the image."""
         key = f"desired_size={size}"
         if self._block:
             raise UsageError(f"{key}: {self.path} is a block device, whose size is the host's to change")
@@ -189,29 +205,27 @@ class Disk:
         if size % self.logical:
             raise UsageError(f"{key} is not a multiple of {self.logical}", hint="a disk consists of whole sectors")
         more = size - self.size
-        if not more:
-            return
         try:
-            if more > 0 and not sparse:
-                self._reserve(more)
-            os.truncate(self.fd, size)
+            room = os.fstatvfs(self.fd)
+            if not sparse and more > room.f_bavail * room.f_frsize:  # a try would fill it first
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.lseek(self.fd, size, os.SEEK_SET)  # which fails where no file can be as large; nobody reads from there
         except OverflowError:
             raise UsageError(f"{key} is more than a file can have") from None
         except OSError as error:
-            with contextlib.suppress(OSError):
-                os.truncate(self.fd, self.size)  # what was reserved beyond the end goes back
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise Conflict(f"{key}: the file system of {self.path} is full: {more} bytes more are wanted",
-                               hint="make room, or use sparse=on", code="no-space") from None
-            if error.errno in (errno.EFBIG, errno.EINVAL):
-                raise UsageError(f"{key} is more than the file system of {self.path} allows for one file") from None
-            raise UsageError(f"{key}: {self.path}: {error.strerror}") from None
-        self.size = size
+            raise self._no_size(size, error) from None
+        return more
+
+    def _no_size(self, size: int, error: OSError) -> CellvisorError:
+        key = f"desired_size={size}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return Conflict(f"{key}: the file system of {self.path} is full: {size - self.size} bytes more are wanted",
+                            hint="make room, or use sparse=on", code="no-space")
+        if error.errno in (errno.EFBIG, errno.EINVAL):
+            return UsageError(f"{key} is more than the file system of {self.path} allows for one file")
+        return UsageError(f"{key}: {self.path}: {error.strerror}")
 
     def _reserve(self, more: int) -> None:
-        room = os.fstatvfs(self.fd)
-        if more > room.f_bavail * room.f_frsize:  # a try would fill it first
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         result = _native.lib.cv_file_reserve(self.fd, self.size, more)
         if result < 0 and -result not in _UNSUPPORTED:
             raise OSError(-result, os.strerror(-result))
@@ -257,12 +271,17 @@ def _scatter(source: memoryview, views: Views) -> None:
         at += len(view)
 
 
-def lock(fd: int, path: str, *, exclusive: bool, patience: float = 0.0) -> None:
-    """Take the whole-file OFD lock, waiting for it up to `patience` seconds. Raises Conflict naming its holder."""
+def lock(fd: int, path: str, *, exclusive: bool, patience: float = 0.0, trial: bool = False) -> None:
+    """Take the whole-file OFD lock, waiting for it up to `patience` seconds. Raises Conflict naming its holder.
+
+    `trial`: raise as if, but do not take it.
+    """
     wanted = _FLOCK.pack(fcntl.F_WRLCK if exclusive else fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
 
     def try_it() -> bool:
         try:
+            if trial:
+                return _is_free(fd, wanted)
             fcntl.fcntl(fd, fcntl.F_OFD_SETLK, wanted)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
@@ -287,8 +306,7 @@ def wait_released(path: str, patience: float = FENCE_SECONDS) -> None:
         return
 
     def released() -> bool:
-        query = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
-        return _FLOCK.unpack(query)[0] == fcntl.F_UNLCK or holder(fd) != NOBODY
+        return _is_free(fd, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)) or holder(fd) != NOBODY
 
     try:
         if not _wait_for(released, lambda: f"path={path}: I/O of a dead process is under way: waiting", patience):
@@ -296,6 +314,10 @@ def wait_released(path: str, patience: float = FENCE_SECONDS) -> None:
                            hint="the storage below it does not answer")
     finally:
         os.close(fd)
+
+
+def _is_free(fd: int, wanted: bytes) -> bool:
+    return bool(_FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, wanted))[0] == fcntl.F_UNLCK)
 
 
 def _wait_for(condition: Callable[[], bool], what: Callable[[], str], patience: float) -> bool:

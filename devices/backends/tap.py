@@ -9,8 +9,8 @@ import errno
 import fcntl
 import os
 import socket
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, ClassVar
 
 from cellvisor.core.abi import tap as abi
@@ -30,22 +30,11 @@ class Tap:
 
     def __init__(self, fd: int, given: str) -> None:
         """Take over `fd`. Raises UsageError, with `given` as the key and value to blame, if it is no tap's."""
-        try:
-            name, flags = abi.IFREQ_FLAGS.unpack(fcntl.ioctl(fd, abi.TUNGETIFF, bytes(abi.IFREQ_FLAGS.size)))
-            if not flags & abi.IFF_TAP or not flags & abi.IFF_VNET_HDR:
-                raise UsageError(f"{given}: not a tap with a vnet header",
-                                 hint="open it with IFF_TAP | IFF_NO_PI | IFF_VNET_HDR")
-            if not flags & abi.IFF_NO_PI:
-                raise UsageError(f"{given}: puts a packet header of its own before each frame", hint="set IFF_NO_PI")
+        self.fd = fd
+        with _no_tap(given):
+            self.name, self.takes_several = look(fd, given)
             fcntl.ioctl(fd, abi.TUNSETVNETHDRSZ, HEADER_SIZE.to_bytes(4, "little"))
             os.set_blocking(fd, False)
-        except OSError as error:
-            why = "not a tap" if error.errno in (errno.ENOTTY, errno.EINVAL, errno.EBADFD) else error.strerror
-            raise UsageError(f"{given}: {why}", hint="give a descriptor of a tap or macvtap") from None
-        self.fd = fd
-        self.name = name.split(b"\0", 1)[0].decode(errors="replace")
-        # Every macvtap takes several, and says so only if it was told.
-        self.takes_several = bool(flags & abi.IFF_MULTI_QUEUE) or os.fstat(fd).st_rdev != os.stat(DEVICE).st_rdev
 
     @property
     def mtu(self) -> int:
@@ -111,6 +100,29 @@ class Tap:
         os.close(self.fd)
 
 
+@contextmanager
+def _no_tap(given: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        why = "not a tap" if error.errno in (errno.ENOTTY, errno.EINVAL, errno.EBADFD) else error.strerror
+        raise UsageError(f"{given}: {why}", hint="give a descriptor of a tap or macvtap") from None
+
+
+def look(fd: int, given: str) -> tuple[str, bool]:
+    """Return the name of a tap's interface and whether it takes several queues. Raises UsageError if it is no tap."""
+    with _no_tap(given):
+        name, flags = abi.IFREQ_FLAGS.unpack(fcntl.ioctl(fd, abi.TUNGETIFF, bytes(abi.IFREQ_FLAGS.size)))
+        if not flags & abi.IFF_TAP or not flags & abi.IFF_VNET_HDR:
+            raise UsageError(f"{given}: not a tap with a vnet header",
+                             hint="open it with IFF_TAP | IFF_NO_PI | IFF_VNET_HDR")
+        if not flags & abi.IFF_NO_PI:
+            raise UsageError(f"{given}: puts a packet header of its own before each frame", hint="set IFF_NO_PI")
+        # Every macvtap takes several, and says so only if it was told.
+        several = bool(flags & abi.IFF_MULTI_QUEUE) or os.fstat(fd).st_rdev != os.stat(DEVICE).st_rdev
+    return name.split(b"\0", 1)[0].decode(errors="replace"), several
+
+
 def is_gone(fd: int) -> bool:
     """Say that the interface behind a tap's descriptor was deleted."""
     try:
@@ -136,12 +148,17 @@ def open_queues(name: str | None, count: int, given: str) -> list[Tap]:
     return taps
 
 
-def _open(name: str, multi: bool, given: str) -> Tap:
-    there = _exists(name)
+def open_device(given: str) -> int:
+    """Return a descriptor that is no tap yet. Raises UsageError."""
     try:
-        fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+        return os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise UsageError(f"{given}: {DEVICE}: {error.strerror}", hint="modprobe tun, or pass fd=[...]") from None
+
+
+def _open(name: str, multi: bool, given: str) -> Tap:
+    there = exists(name)
+    fd = open_device(given)
     try:
         flags = abi.IFF_TAP | abi.IFF_NO_PI | abi.IFF_VNET_HDR
         try:
@@ -153,13 +170,14 @@ def _open(name: str, multi: bool, given: str) -> Tap:
         return Tap(fd, given)
     except OSError as error:
         os.close(fd)
-        raise _refusal(error, given, name, there, multi) from None
+        raise refusal(error, given, name, there, multi) from None
     except BaseException:
         os.close(fd)
         raise
 
 
-def _exists(name: str) -> bool:
+def exists(name: str) -> bool:
+    """Say that the host has an interface of this name."""
     try:
         return socket.if_nametoindex(name) > 0
     except OSError:
@@ -170,7 +188,8 @@ def _attach(fd: int, name: str, flags: int) -> None:
     fcntl.ioctl(fd, abi.TUNSETIFF, abi.IFREQ_FLAGS.pack(name.encode(), flags))
 
 
-def _refusal(error: OSError, given: str, name: str, there: bool, multi: bool) -> Conflict | UsageError:
+def refusal(error: OSError, given: str, name: str, there: bool, multi: bool) -> Conflict | UsageError:
+    """Say why tap `name` cannot be opened, which was `there` or not."""
     if error.errno == errno.EBUSY:
         return Conflict(f"{given}: is used by another process", hint="give each card a tap of its own")
     if error.errno == errno.EINVAL and there:

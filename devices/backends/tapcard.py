@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cellvisor.core.abi import net, tap
 from cellvisor.core.errors import UsageError
 from cellvisor.devices.backends.passt import is_wanted, open_passt
-from cellvisor.devices.backends.tap import Tap, is_gone, open_queues, parse_mac
+from cellvisor.devices.backends.tap import Tap, is_gone, look, open_queues, parse_mac
+
+if TYPE_CHECKING:
+    from cellvisor.devices.backends.tapsetup import Address
 
 CSUM = net.F_CSUM | net.F_GUEST_CSUM
 TSO = (net.F_HOST_TSO4 | net.F_HOST_TSO6 | net.F_HOST_ECN | net.F_GUEST_TSO4 | net.F_GUEST_TSO6 | net.F_GUEST_ECN)
@@ -76,6 +80,8 @@ def open_taps(options: Any, host: Any) -> list[Tap]:
     count = options.num_queues // 2
     what, name = (f"fd={options.fd}", "fd") if options.fd else (f"tap={options.tap or 'vmtap'}", "tap")
     stored = [fd for index in range(count) if (fd := host.take(f"{name}{index}")) is not None]
+    if host.trial:
+        return _try_taps(options, count, what, stored)
     taps: list[Tap] = []
     try:
         # A tap that somebody deleted may have been made again by now.
@@ -83,23 +89,17 @@ def open_taps(options: Any, host: Any) -> list[Tap]:
             while stored:
                 taps.append(Tap(stored[0], what))
                 del stored[0]
-            if len({queue.name for queue in taps}) > 1:
-                raise UsageError(f"{what}: of different interfaces: {', '.join(queue.name for queue in taps)}",
-                                 hint="open one interface several times, with IFF_MULTI_QUEUE")
-            if count > 1 and not all(queue.takes_several for queue in taps):
-                raise UsageError(f"{what}: {taps[0].name} has a single queue", hint="open it with IFF_MULTI_QUEUE")
+            _check_together(what, taps)
             return taps
         while stored:
             os.close(stored.pop())
         if options.fd:
-            raise UsageError(f"{what}: no such descriptor came with it",
-                             hint="they are numbers of the process that starts the VM, or come with the request")
+            raise _none_came(what)
         from cellvisor.devices.backends import tapsetup  # not for who inherits a tap
 
-        address = tapsetup.parse_address(options.ip, options.mask) if options.ip is not None else None
+        settings = _to_set(options)
         taps = open_queues(options.tap or None, count, _given(options))
-        tapsetup.set_up(taps[0].name, address, options.mtu,
-                        None if options.host_mac is None else parse_mac("host_mac", options.host_mac))
+        tapsetup.set_up(taps[0].name, *settings)
         for index, queue in enumerate(taps):
             host.deposit(f"{name}{index}", queue.fd)
         return taps
@@ -113,6 +113,44 @@ def _given(options: Any) -> str:
     """Return the key and value that ask for the tap."""
     keys = [key for key in ("tap", "ip", "host_mac") if getattr(options, key) is not None]
     return f"{keys[0]}={getattr(options, keys[0])}"
+
+
+def _try_taps(options: Any, count: int, what: str, given: list[int]) -> list[Any]:
+    """Refuse what open_taps() would; returns stand-ins."""
+    if options.fd:
+        from cellvisor.devices.backends.taptrial import Untried
+
+        found = [Untried(*look(fd, what)) for fd in given]
+        if len(found) < count:
+            raise _none_came(what)
+        _check_together(what, found)
+        return found
+    from cellvisor.devices.backends import taptrial
+
+    taptrial.check(options.tap or None, count, _given(options), *_to_set(options))
+    return taptrial.stand_ins(what, count)
+
+
+def _none_came(what: str) -> UsageError:
+    return UsageError(f"{what}: no such descriptor came with it",
+                      hint="they are numbers of the process that starts the VM, or come with the request")
+
+
+def _check_together(what: str, taps: Sequence[Any]) -> None:
+    """Raise UsageError for queues that are not of one card."""
+    if len({queue.name for queue in taps}) > 1:
+        raise UsageError(f"{what}: of different interfaces: {', '.join(queue.name for queue in taps)}",
+                         hint="open one interface several times, with IFF_MULTI_QUEUE")
+    if len(taps) > 1 and not all(queue.takes_several for queue in taps):
+        raise UsageError(f"{what}: {taps[0].name} has a single queue", hint="open it with IFF_MULTI_QUEUE")
+
+
+def _to_set(options: Any) -> tuple[Address | None, int | None, bytes | None]:
+    """Return the host's address on the tap, its MTU and its MAC. Raises UsageError."""
+    from cellvisor.devices.backends.tapsetup import parse_address
+
+    return (None if options.ip is None else parse_address(options.ip, options.mask), options.mtu,
+            None if options.host_mac is None else parse_mac("host_mac", options.host_mac))
 
 
 def filled(options: Any) -> Any:

@@ -60,7 +60,7 @@ class Blk(DeviceBase):
         self._waiting: dict[int, deque[Chain]] = {}  # fetched, by queue: what the limits hold up
         self._waits = Waits(host)
         self.disk = Disk(options.path, readonly=options.readonly, direct=options.direct,
-                         patience=FENCE_SECONDS if host.generation > 1 else 0.0)
+                         patience=FENCE_SECONDS if host.generation > 1 else 0.0, trial=host.trial)
         self._next: Disk | None = None  # the image that is to follow, open and locked
         self._next_timer = -1
         self._pin(sorted({cpu for pin in options.queue_affinity for cpu in pin.host_cpus}))
@@ -235,8 +235,12 @@ class Blk(DeviceBase):
         resize {size}: another size in bytes; requests that were made for a larger disk fail when they are served.
         limit {bw_size, ...}: other rate limits, at once; without keys those of its group have changed.
         open {path}: open and lock the image that is to follow; swap {path}: go on with it.
+        check {verb: resize | open, ...}: nothing but what that one would refuse.
         """
-        verbs = {"resize": self._resize, "limit": self._limit, "open": self._open, "swap": self._swap}
+        verbs = {"resize": self._resize, "limit": self._limit, "open": self._open, "swap": self._swap,
+                 "check resize": self._check_resize, "check open": self._check_open}
+        if verb == "check":
+            verb = f"check {args.get('verb')}"
         if verb not in verbs:
             return super().call(verb, args)
         self.host.enter_syscall()
@@ -246,12 +250,14 @@ class Blk(DeviceBase):
             self.host.leave_syscall()
 
     def _resize(self, args: dict[str, Any]) -> dict[str, Any]:
-        size = args.get("size")
-        if type(size) is not int:
-            raise UsageError(f"desired_size={size!r} is no number of bytes")
+        size = _size_of(args)
         self.disk.resize(size, sparse=self.options.sparse)
         self._show()
         return {"size": size}
+
+    def _check_resize(self, args: dict[str, Any]) -> dict[str, Any]:
+        self.disk.check_resize(_size_of(args), sparse=self.options.sparse)
+        return {}
 
     def _show(self) -> None:
         """Tell the driver what the disk is like now."""
@@ -267,17 +273,30 @@ class Blk(DeviceBase):
 
     def _open(self, args: dict[str, Any]) -> dict[str, Any]:
         path = str(args.get("path"))
+        self._refuse_present(path)
+        self._forget_next()
+        self._next = self._other(path)
+        self._next_timer = self.host.after(SWAP_SECONDS, self._forget_next)
+        return {"size": self._next.size}
+
+    def _check_open(self, args: dict[str, Any]) -> dict[str, Any]:
+        path = str(args.get("path"))
+        self._refuse_present(path)
+        self._other(path, trial=True).close()
+        return {}
+
+    def _refuse_present(self, path: str) -> None:
         if self.disk.is_at(path):
             raise Conflict(f"path={path} is what the disk has already")
-        self._forget_next()
-        found = Disk(path, readonly=self.options.readonly, direct=self.options.direct)
+
+    def _other(self, path: str, *, trial: bool = False) -> Disk:
+        """Open an image that could take the present one's place."""
+        found = Disk(path, readonly=self.options.readonly, direct=self.options.direct, trial=trial)
         if found.logical != self.disk.logical:
             found.close()
             raise UsageError(f"path={path} has blocks of {found.logical} bytes, its driver was told "
                              f"{self.disk.logical}", hint="remove the disk and add another")
-        self._next = found
-        self._next_timer = self.host.after(SWAP_SECONDS, self._forget_next)
-        return {"size": found.size}
+        return found
 
     def _swap(self, args: dict[str, Any]) -> dict[str, Any]:
         if self.disk.path == args.get("path"):  # a successor has begun with it, or there is none to follow any more
@@ -320,6 +339,13 @@ class Blk(DeviceBase):
         self._forget_next()
         self.disk.close()
         self._limiter.close()
+
+
+def _size_of(args: dict[str, Any]) -> int:
+    size = args.get("size")
+    if type(size) is not int:
+        raise UsageError(f"desired_size={size!r} is no number of bytes")
+    return size
 
 
 class Refused(Exception):

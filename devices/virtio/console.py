@@ -15,7 +15,8 @@ from typing import Any, ClassVar
 
 from cellvisor.core.abi.virtio import CONSOLE_CONFIG, CONSOLE_F_SIZE, ID_CONSOLE
 from cellvisor.core.errors import RingError, UsageError
-from cellvisor.core.wire.bytechannel import MODES, ByteChannel, target
+from cellvisor.core.wire.bytechannel import MODES, ByteChannel, Target, target
+from cellvisor.core.wire.bytepath import check_file, check_socket
 from cellvisor.devices.device import Chain, DeviceBase, DeviceOptions, Host, Queue, Spec, option
 
 RX, TX = 0, 1
@@ -47,6 +48,8 @@ class Console(DeviceBase):
         self._counts = {"read_bytes": 0, "write_bytes": 0}
         stored = {name: fd for name in STORED if (fd := host.take(name)) is not None}
         where = target(options.mode, options.file, options.socket, "console")
+        if host.trial:
+            where = _tried(where)
         self._columns, self._rows = _terminal_size(stored.get("tty"))
         self._channel = ByteChannel(host, where, given=stored, keep=host.deposit, append=host.generation > 1,
                                     on_input=self._input, on_output=lambda: host.kick(TX))
@@ -161,6 +164,15 @@ class Console(DeviceBase):
 
     def close(self) -> None:
         self._channel.close(unlink=True)
+
+
+def _tried(where: Target) -> Target:
+    """Refuse a place that cannot be had; returns one that leaves no mark."""
+    if where.mode == "file":
+        check_file(where.path)
+    elif where.mode == "socket":
+        check_socket(where.path)
+    return Target("null")
 
 
 def _used(mode: str) -> set[str]:

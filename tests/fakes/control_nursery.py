@@ -1,8 +1,12 @@
-"""A nursery whose workers sleep; its catalog has disk, network card, rng and console. Kills them when core dies."""
+"""A nursery whose workers sleep; its catalog has disk, network card, rng and console. Kills them when core dies.
+
+CELLVISOR_FAKE holds JSON: {device: reason} under "fail" is what a trial finds.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import select
 import signal
@@ -11,7 +15,7 @@ from dataclasses import dataclass
 
 from cellvisor.core.wire import fdpass
 from cellvisor.core.wire.budget import LimitedOptions
-from cellvisor.core.wire.messages import FromNursery, ToNursery
+from cellvisor.core.wire.messages import FromNursery, ToNursery, pack
 from cellvisor.core.wire.options import DeviceOptions, describe, option
 
 
@@ -63,6 +67,7 @@ def main() -> int:
     listener.setblocking(True)
     os.write(options.ready_fd, b"\n")
     os.close(options.ready_fd)
+    script = json.loads(os.environ.get("CELLVISOR_FAKE", "{}"))
     peer = None
     children: dict[int, tuple[str, int, int]] = {}
     while True:
@@ -87,11 +92,15 @@ def main() -> int:
         if packet is None:
             peer = None
             continue
-        body = packet[0]
+        body, fds = packet
         if body["k"] == ToNursery.QUIT:
             break
         if body["k"] == ToNursery.CATALOG:
             fdpass.send(peer, {"k": FromNursery.CATALOG, **CATALOG})
+        elif body["k"] == ToNursery.TRY:
+            os.write(fds[0], pack({"reason": script.get("fail", {}).get(body["device"], "")}))
+            for fd in fds:
+                os.close(fd)
         elif body["k"] == ToNursery.SPAWN:
             pid = os.fork()
             if pid == 0:

@@ -19,7 +19,7 @@ class FakeHost:
     """Host of one device. `store` is what deposit() kept, `configs` what set_config() published."""
 
     def __init__(self, store: Mapping[str, int] | None = None, generation: int = 1) -> None:
-        self.device_id, self.generation, self.activation = "dev0", generation, 1
+        self.device_id, self.generation, self.activation, self.trial = "dev0", generation, 1, False
         self.reactor = Reactor()
         self.store = dict(store or {})
         self.configs: list[bytes] = []

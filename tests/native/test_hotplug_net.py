@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -61,18 +62,21 @@ def test_card_comes_and_goes(start: Callable[..., Steered]) -> None:
         os.close(open_tap("tap0"))  # nobody holds it
 
 
-@pytest.mark.parametrize(("options", "message"), [
+NET_REFUSALS = [
     ("tap=busy", "tap=busy: is used by another process"),
     ("tap=lo", "tap=lo: is not a tap"),
     ("tap=tap0,num_queues=4", "tap=tap0: is not a tap, or has a single queue"),
     ("tap=new0,ip=10.0.0.1", "ip=10.0.0.1 without mask"),
     ("tap=new0,ip=10.0.0.1,mask=255.0.255.0", "mask=255.0.255.0 is not a mask for ip=10.0.0.1"),
-    ("tap=new0,ip=224.0.0.1,mask=255.0.0.0", "ip=224.0.0.1: the host refuses it"),
+    ("tap=new0,ip=224.0.0.1,mask=255.0.0.0", "ip=224.0.0.1 is the address of a group"),
     ("tap=new0,mac=01:00:00:00:00:01", "mac=01:00:00:00:00:01 is not the address of one card"),
     ("tap=new0,mtu=1279", "mtu=1279 is below 1280"),
     ("tap=new0,bw_size=1", "bw_size=1 needs bw_refill_time"),
     ("fd=[7]", "a number means nothing here"),
-])
+]
+
+
+@pytest.mark.parametrize(("options", "message"), NET_REFUSALS)
 def test_refusals_leave_nothing(start: Callable[..., Steered], options: str, message: str) -> None:
     netns.make_tap()
     busy = open_tap("busy")
@@ -222,9 +226,14 @@ def test_wrong_descriptors_are_refused(machine: Callable[..., Machine]) -> None:
             ((plain, tap), {"num_queues": 4}, "of different interfaces: plain0, tap0"),
             ((plain,), {"tap": "tap0"}, "tap=tap0 does not go with fd"),
             ((), {"fds": [5]}, "a number means nothing here")):
+        with pytest.raises(ch_remote.Failed) as tried:
+            vm.put("vm.validate", {"verb": "add-net", **NET, **more}, *fds)
         with pytest.raises(ch_remote.Failed, match=message) as caught:
             vm.put("vm.add-net", {**NET, **more}, *fds)
         assert caught.value.status in (400, 409)
+        said = [(one.value.status, re.sub(r"\d+(?=[],])", "N", one.value.body or "")) for one in (tried, caught)]
+        assert said[0] == said[1]  # but for the numbers that the descriptors have in the VM's process
+    assert vm.put("vm.validate", {"verb": "add-net", **NET}, plain)["id"] == "lan"
     assert vm.put("vm.add-net", NET, plain)["id"] == "lan"
     for fd in (null, tun, bare, plain, tap):
         os.close(fd)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
@@ -11,10 +12,13 @@ from typing import Any
 
 import pytest
 
+from cellvisor.core.errors import CellvisorError
+from cellvisor.core.wire.control import TEXT
 from tests.native import netns, ordinary
 from tests.native.cellvisor import runtime_dir
 from tests.native.conftest import Vm
 from tests.native.guest import GuestResult, Running, needs_kvm
+from tests.native.hotplug import Steered
 from tests.native.netns import Peer, check_echoes
 from tests.native.passts import LOAD, helper, ip, needs_passt, passts, wait_gone
 from tests.native.steer import steer
@@ -70,7 +74,7 @@ def test_a_tap_made_for_the_user_needs_no_privilege(vm: Vm, network: None) -> No
     check_echoes(said, peer, 200)
 
 
-@pytest.mark.parametrize(("card", "what", "advice"), [
+CARDS = [
     ("tap=new0", "tap=new0: does not exist, and making it needs CAP_NET_ADMIN",
      "(sudo ip tuntap add new0 mode tap user $USER && sudo ip link set new0 up; without tap= the guest is on passt)"),
     ("tap=new0,num_queues=4", "tap=new0: does not exist, and making it needs CAP_NET_ADMIN",
@@ -90,7 +94,10 @@ def test_a_tap_made_for_the_user_needs_no_privilege(vm: Vm, network: None) -> No
     ("host_mac=02:00:00:00:00:77", "host_mac=02:00:00:00:00:77: a new tap needs CAP_NET_ADMIN",
      "and write tap=tap0 instead; without host_mac= the guest is on passt)"),
     ("tap=", "tap=: a new tap needs CAP_NET_ADMIN", "(sudo ip tuntap add tap0 mode tap user $USER && "),
-])
+]
+
+
+@pytest.mark.parametrize(("card", "what", "advice"), CARDS)
 def test_what_only_root_may_is_one_line_that_says_what_to_do(
         vm: Vm, network: None, card: str, what: str, advice: str) -> None:
     make_tap("theirs0", user=ordinary.USER + 1)
@@ -101,6 +108,25 @@ def test_what_only_root_may_is_one_line_that_says_what_to_do(
     assert advice in line
     assert sorted(name for _, name in socket.if_nameindex()) == before
     assert os.listdir(Path(runtime_dir(vm.where)) / "cellvisor") == []
+
+
+def test_a_dry_run_says_it_too(vm: Vm, network: None) -> None:
+    make_tap("theirs0", user=ordinary.USER + 1)
+    make_tap("down0")
+    ip("link", "set", make_tap("mine0"), "up")
+    before = sorted(name for _, name in socket.if_nameindex())
+    with contextlib.closing(Steered(vm, vm.start("test=hotplug", console="null", **options(vm))).client) as client:
+        for card, what, advice in CARDS:
+            said = []
+            for verb, args in (("validate", {"verb": "add-net"}), ("add-net", {})):
+                with pytest.raises(CellvisorError) as caught:
+                    client.call(verb, **args, **{TEXT: f"id=lan,{card}"})
+                said.append(caught.value.as_wire())
+            assert said[0] == said[1]
+            assert str(said[0]["message"]).startswith(f"lan: {what} (") and advice in str(said[0]["message"])
+            assert sorted(name for _, name in socket.if_nameindex()) == before
+        assert client.call("validate", verb="add-net", **{TEXT: "tap=mine0"})["type"] == "net"
+        client.call("shutdown")
 
 
 @pytest.mark.parametrize("mode", ["600", "440"])

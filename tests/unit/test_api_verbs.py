@@ -209,8 +209,13 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
     ("boot", {}, 409, "boot: the VM is Running already"),
 ])
 def test_refusals(booted: Vm, name: str, args: dict[str, Any], status: int, message: str, over: str) -> None:
+    tried = OVER[over](booted, VERBS["validate"], {**args, "verb": name})
     found, text = OVER[over](booted, VERBS[name], args)
     assert (found, message in str(text)) == (status, True), text
+    if name == "info":
+        assert tried == (400, "validate: verb='info' is not one that can be tried")
+    else:
+        assert tried == (found, text)
 
 
 @pytest.mark.parametrize("over", OVER)

@@ -75,7 +75,10 @@ def vms(monkeypatch: pytest.MonkeyPatch) -> None:
     ("ops wait ", ["_disk0", "data", "op1"]),
     ("ops --vm ", ["db", "web"]),
     ("ops --vm web wait o", ["op1"]),
-    ("validate ", ["add-console", "add-disk", "add-net", "add-rng", "add-virtio"]),
+    ("validate ", ["add-console", "add-disk", "add-net", "add-rng", "add-virtio", "boot", "create", "remove-device",
+                   "resize-disk", "set-link", "set-rate-limit", "swap-disk"]),
+    ("validate remove-device web d", ["data"]),
+    ("validate resize-disk web --disk ", ["_disk0", "data"]),
     ("completion ", ["bash", "fish", "words", "zsh"]),
 ])
 def test_words(line: str, found: list[str]) -> None:

@@ -46,7 +46,7 @@ from tests.fakes.net import MAC
 ])
 def test_refusals_name_key_and_value(options: dict[str, Any], message: str) -> None:
     class Host:
-        generation = 1
+        generation, trial = 1, False
 
         def take(self, name: str) -> None:
             return None

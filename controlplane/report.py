@@ -39,6 +39,14 @@ def _anonymous_kib(pid: int) -> int:
     return (resident - shared) * os.sysconf("SC_PAGESIZE") >> 10
 
 
+def add_cpu(vm: Supervisor, core: dict[str, Any]) -> None:
+    """Add to each vCPU of core's INFO the CPU time of its thread, `cpu` in seconds, where /proc tells."""
+    for vcpu in core.get("vcpus", ()):
+        cpu = cpu_seconds(vm.core_child.pid, vcpu.get("thread"))
+        if vcpu.get("thread") and cpu is not None:
+            vcpu["cpu"] = cpu
+
+
 def cpu_seconds(pid: int, thread: int | None = None) -> float | None:
     """Return the CPU time, user and system, of a process or of one of its threads; None if it is gone."""
     task = "" if thread is None else f"/task/{thread}"

@@ -89,10 +89,6 @@ class Verbs:
     async def _info(self, args: dict[str, Any]) -> dict[str, Any]:
         vm = self._vm
         core = await vm.ask_core()
-        for vcpu in core.get("vcpus", ()):
-            cpu = report.cpu_seconds(vm.core_child.pid, vcpu.get("thread"))
-            if vcpu.get("thread") and cpu is not None:
-                vcpu["cpu"] = cpu
         body = {
             "config": vm.config.as_json(), "state": vm.state, "memory_actual_size": vm.config.memory.size,
             "device_tree": {device.id: {"id": device.id, "pci_bdf": device.bdf, "resources": [],
@@ -102,6 +98,7 @@ class Verbs:
             "stages": vm.stages.as_wire(), "memory": vm.memory_effects, "core": core,
         }
         if args["processes"]:
+            report.add_cpu(vm, core)
             body["processes"] = report.processes(vm, core)
         return body
 

@@ -32,7 +32,7 @@ class NoArgs:
 class InfoArgs:
     """What `info` takes."""
 
-    processes: bool = option(False, help="list the VM's processes with their memory (reads smaps: slower)")
+    processes: bool = option(False, help="list the VM's processes with their memory, and tell CPU time (slower)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -60,6 +60,8 @@ def test_the_counters_count(vm: Vm, disk: Path) -> None:
         end = time.monotonic() + 60
         while exits_later["settled"] == exits["settled"] and time.monotonic() < end:
             later, exits_later = look(vmm)
+        plain, full = (vmm.client.call("info", processes=asked)["core"]["vcpus"][0] for asked in (False, True))
+    assert set(full) - set(plain) == {"cpu"}, "CPU time is for who asks what the VM costs"
     assert later["to_workers"] >= messages["to_workers"] + 4, "PAUSE and RESUME for two workers"
     assert later["from_workers"] >= messages["from_workers"] + 2
     assert exits_later["settled"] > exits["settled"], "what the guest says goes through the serial port"

@@ -30,10 +30,21 @@ def check(device: Device, fds: Sequence[int]) -> None:
                              hint="they are descriptors of the process that starts the VM") from None
 
 
-def give_named(core: CoreLink, devices: Iterable[Device]) -> None:
-    """Put in what the options name: descriptors that we inherited. Raises as give() does."""
+def give_named(core: CoreLink, devices: Iterable[Device], generation: int) -> None:
+    """Put in what the options name: descriptors that the first controlplane inherited. Raises as give() does.
+
+    From then on core alone has them, so that they are closed with their device. The standard ones stay.
+    """
+    inherited = set()
     for device in devices:
-        give(core, device, named(device))
+        numbers = named(device)
+        if numbers and generation > 1:
+            raise UsageError(f"{device.id}: fd={numbers[0]}: the process that inherited it died too early",
+                             hint="start the VM again")
+        give(core, device, numbers)
+        inherited |= {fd for fd in numbers if fd > 2}
+    for fd in inherited:
+        os.close(fd)
 
 
 def named(device: Device) -> list[int]:

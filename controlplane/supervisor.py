@@ -203,7 +203,7 @@ class Supervisor:
     def create(self, order: Order) -> None:
         """Take `order` as the VM to boot. Raises CellvisorError, nothing is changed then."""
         plan = self.plan(order)
-        descriptors.give_named(self.require_core(), plan.config.devices)
+        descriptors.give_named(self.require_core(), plan.config.devices, self.rundir.generation)
         self.config, self.inventory = plan.config, plan.inventory
         self.state = "Created"
         self.changed()

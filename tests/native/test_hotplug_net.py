@@ -92,13 +92,13 @@ def test_refusals_leave_nothing(start: Callable[..., Steered], options: str, mes
 
 
 class Machine:
-    """A process with an HTTP socket, in the test's network namespace; `more` flags."""
+    """A process with an HTTP socket, in the test's network namespace; `more` flags, in which {directory} is known."""
 
     def __init__(self, directory: str, fds: tuple[int, ...] = (), more: tuple[str, ...] = ()) -> None:
         self.directory = Path(directory)
         self.socket = f"{directory}/http"
         command = [str(Path(sys.executable).with_name("cellvisor")), "run", "--api-socket", self.socket, "--name", "vm",
-                   *more]
+                   *(word.format(directory=directory) for word in more)]
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, pass_fds=fds,
                                         text=True, env=dict(os.environ, XDG_RUNTIME_DIR=directory))
 
@@ -200,14 +200,59 @@ def test_descriptors_of_a_card_that_never_was_are_closed(machine: Callable[..., 
     give_tap(vm)
     vm.put(verb, {"id": "lan"} if verb == "vm.remove-device" else None)
 
-    def is_free() -> bool:
-        try:
-            os.close(open_tap("tap0"))
-        except OSError:
-            return False
-        return True
+    os.close(eventually(lambda: free_tap("tap0"), "the tap"))
 
-    eventually(is_free, "the tap")
+
+@pytest.mark.parametrize("how", ["at start", "over http"])
+def test_descriptors_are_gone_with_their_card(machine: Callable[..., Machine], how: str) -> None:
+    netns.make_tap()
+    tap = open_tap("tap0")
+    given = ("--net", f"fd={tap},id=lan") if how == "at start" else ()
+    if given:
+        vm = machine((tap,), ("--kernel", str(build()), "--cmdline", "test=hotplug removals=99", "--console", "off",
+                              "--serial", "file={directory}/serial", *given))
+    else:
+        vm = machine()
+        vm.create("hotplug removals=99")
+        vm.put("vm.boot")
+    os.close(tap)
+    vm.said("listening=1")
+
+    def held() -> dict[str, int]:
+        """Return how many descriptors each process has."""
+        listed = json.loads(ch_remote.call(vm.socket, "GET", "vm.info?processes=true") or "")["processes"]
+        return {one["role"]: len(os.listdir(f"/proc/{one['pid']}/fd")) for one in listed}
+
+    def is_there(device: str) -> bool:
+        listed = json.loads(ch_remote.call(vm.socket, "GET", "vm.devices") or "")["devices"]
+        return any(one["id"] == device for one in listed)
+
+    def cycle() -> None:
+        queue = eventually(lambda: free_tap("tap0"), "the tap to be nobody's")
+        vm.put("vm.add-net", NET, queue)
+        os.close(queue)
+        vm.put("vm.remove-device", {"id": "lan"})
+        eventually(lambda: not is_there("lan"), "its end")
+
+    if given:
+        with pytest.raises(OSError, match="busy"):
+            open_tap("tap0")
+        vm.put("vm.remove-device", {"id": "lan"})
+        eventually(lambda: not is_there("lan"), "its end")
+    cycle()
+    before = held()  # some may still be about to be closed, not five
+    assert before.keys() >= {"controlplane", "core", "nursery"}
+    for _ in range(5):
+        cycle()
+    eventually(lambda: all(number <= before[role] for role, number in held().items()), f"not more than {before}")
+
+
+def free_tap(name: str) -> int:
+    """Open the only queue of a tap; 0 while somebody has it."""
+    try:
+        return open_tap(name)
+    except OSError:
+        return 0
 
 
 def test_wrong_descriptors_are_refused(machine: Callable[..., Machine]) -> None:

@@ -22,6 +22,7 @@ from cellvisor.controlplane.terminal import Terminal
 from cellvisor.core import log
 from cellvisor.core.errors import CellvisorError, Conflict, UsageError
 from cellvisor.core.wire import places
+from cellvisor.core.wire.limits import raise_descriptors
 
 if TYPE_CHECKING:
     from cellvisor.controlplane.supervisor import Ending
@@ -39,6 +40,7 @@ def main(argv: list[str] | None = None, programs: processes.Programs | None = No
     if what is None:
         sys.stderr.write("cellvisor: started wrongly (start VMs with cellvisor run)\n")
         return 2
+    raise_descriptors()  # libzmq aborts the process when it cannot accept a client
     try:
         with _early_signals() as pending:
             ending = what(arguments[1:], programs or processes.Programs(), pending, moment)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import resource
 import select
 import signal
 import sys
@@ -19,6 +18,7 @@ from cellvisor.core.errors import CellvisorError
 from cellvisor.core.machine import Machine
 from cellvisor.core.server import Server
 from cellvisor.core.verbs import Verbs
+from cellvisor.core.wire.limits import raise_descriptors
 
 SWITCH_INTERVAL = 1e-4  # a vCPU thread back from C must not wait 5 ms for the main thread's GIL
 
@@ -36,8 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     log.setup("core", options.verbosity, options.log_file)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.setswitchinterval(SWITCH_INTERVAL)
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # two eventfds for each queue of each device
+    raise_descriptors()  # two eventfds for each queue of each device
     with contextlib.suppress(OSError), open("/proc/self/comm", "w") as comm:
         comm.write("cv-core")
     try:

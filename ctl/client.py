@@ -26,6 +26,8 @@ def find(where: str | None = None) -> str:
     """
     if where is not None and "/" in where:
         path = os.path.abspath(where)
+        if not os.path.lexists(path):
+            raise NotFound(f"no VM is running in {path}", hint="see cellvisor ls", code="no-vm")
         return path if os.path.isdir(path) else os.path.dirname(path)
     alive = places.running()
     if where is None:

@@ -23,12 +23,12 @@ WATCHED = LOST | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 
 
 class CurveLink(ZmqLink):
-    """A connection to `remote`. Raises at once if we are refused, or within `patience` seconds if nobody is there.
+    """A connection to `remote`. Raises at once if we are refused, or within `patience` seconds (10) if nobody is there.
 
     `timeout` in seconds is for each answer.
     """
 
-    def __init__(self, remote: Remote, timeout: float, patience: float = CONNECT) -> None:
+    def __init__(self, remote: Remote, timeout: float, patience: float | None = None) -> None:
         self._remote, self._pair = remote, remote.pair()
         self._address = f"tcp://{remote.host}:{remote.port}"
         self._is_lost = False
@@ -37,7 +37,7 @@ class CurveLink(ZmqLink):
         self._monitor = self._socket.get_monitor_socket(WATCHED)
         try:
             self._secure(self._socket, remote.port)
-            self._meet(time.monotonic() + min(patience, timeout))
+            self._meet(time.monotonic() + min(CONNECT if patience is None else patience, timeout))
         except BaseException:
             self.close()
             raise

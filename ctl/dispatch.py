@@ -9,13 +9,15 @@ import json
 import os
 import pkgutil
 import sys
-from typing import NoReturn, Protocol, cast
+from typing import Protocol, cast
 
 from cellvisor.core.errors import CellvisorError, NotFound, TryAgain, UsageError
 from cellvisor.ctl import commands
 from cellvisor.ctl.cli import EXIT_STATUS
 from cellvisor.ctl.client import ENVIRONMENT
+from cellvisor.ctl.parsing import Parser
 
+WITHOUT_VM = ("adopt", "completion", "keys", "ls", "report")  # who have nothing to ask of a VM's HTTP socket
 ALIASES = {"upgrade-device": "upgrade"}  # the API's name of a verb that has a shorter one here
 
 
@@ -28,20 +30,6 @@ class Command(Protocol):
     def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
 
     def run(self, options: argparse.Namespace) -> int: ...
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message, hint=f"see {self.prog} --help")
-
-    def check_flags(self, argv: list[str]) -> None:
-        """Name a flag that does not exist before anything else is found missing. Raises UsageError."""
-        for word in argv[:argv.index("--")] if "--" in argv else argv:
-            flag = word.partition("=")[0]
-            if flag.startswith("--") and flag not in self._option_string_actions:
-                close = difflib.get_close_matches(flag, self._option_string_actions, 1)
-                hint = f"did you mean {close[0]}? " if close else ""
-                raise UsageError(f"unknown flag {flag[:80]}", hint=f"{hint}see {self.prog} --help")
 
 
 def names() -> list[str]:
@@ -66,9 +54,9 @@ def load(verb: str) -> Command:
     return cast("Command", importlib.import_module(f"{commands.__name__}.{verb.replace('-', '_')}"))
 
 
-def parser(verb: str, command: Command) -> _Parser:
+def parser(verb: str, command: Command) -> Parser:
     """Return what reads the arguments of `verb`."""
-    made = _Parser(prog=f"cellvisor {verb}", description=command.HELP, allow_abbrev=False,
+    made = Parser(prog=f"cellvisor {verb}", description=command.HELP, allow_abbrev=False,
                    epilog=f"example:\n  {command.EXAMPLE}\n\n{EXIT_STATUS}",
                    formatter_class=argparse.RawDescriptionHelpFormatter)
     command.add_arguments(made)
@@ -93,7 +81,11 @@ def run(argv: list[str]) -> int:
         if argv[0] not in ("run", "validate"):
             reader.check_flags(argv[1:])
         options = reader.parse_args(argv[1:])
+        if getattr(options, "vm", None) == "":  # an empty variable in a script must not mean the VM that happens to run
+            raise UsageError("VM '' is no name", hint="leave it out for the only VM that runs")
         if socket is not None:
+            if argv[0] in WITHOUT_VM:
+                raise UsageError(f"{argv[0]} takes no --api-socket", hint="leave it out")
             if getattr(options, "vm", None) is not None:
                 raise UsageError(f"both --api-socket and VM {options.vm[:80]!r} are given", hint="give one of them")
             os.environ[ENVIRONMENT] = socket  # where ctl/client.py looks

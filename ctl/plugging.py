@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from cellvisor.core.errors import CellvisorError, Conflict, TryAgain, UsageError
+from cellvisor.core.wire import places
 from cellvisor.core.wire.control import TEXT
 from cellvisor.ctl import common
 
@@ -33,6 +34,8 @@ def split(options: argparse.Namespace, *, optional: bool = False) -> tuple[str |
     words: list[str] = options.words
     if len(words) > 2:
         raise UsageError(f"unexpected argument {words[2][:80]!r}", hint="options are one word: key=value,key=value")
+    if "" in words[:-1] or (optional and words == [""]):
+        raise UsageError("VM '' is no name", hint="leave it out for the only VM that runs")
     if len(words) == 2:
         return words[0], words[1]
     if optional and (not words or "=" not in words[0]):
@@ -44,6 +47,9 @@ def addition(options: argparse.Namespace, verb: str, *, optional: bool = False, 
              **more: Any) -> common.Request:
     """Ask for a device whose options are the last word. `fds`: its key fd names descriptors of ours."""
     vm, text = split(options, optional=optional)
+    if vm is None and not optional and "=" not in text and text in places.running():
+        raise UsageError(f"{verb}: {text} is a VM, and what it shall get is missing",
+                         hint=f"see cellvisor {verb} --help")
     text, ours = take_fds(text) if fds else (text, ())
     return common.Request(vm, verb, {**more, TEXT: text}, ours)
 

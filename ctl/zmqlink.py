@@ -102,7 +102,7 @@ class ZmqLink:
         if self._pilot() != pilot:
             return TryAgain(f"{verb}: the controlplane died over it and a successor goes on",
                             hint="see cellvisor ops and devices for what became of it", code="no-answer")
-        return TryAgain(f"{verb}: no answer within {self.timeout:g} s", hint="see cellvisor events",
+        return TryAgain(f"{verb}: no answer within {self.timeout:g} s", hint="cellvisor logs may say why",
                         code="no-answer")
 
     def events(self, since: int, follow: bool) -> Iterator[dict[str, Any]]:

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add SHELL and --json; `words -- WORD...` is what the scripts ask."""
     parser.usage = "%(prog)s bash|zsh|fish [--json]"
     parser.add_argument("shell", choices=(*SCRIPTS, "words"), metavar="bash|zsh|fish")
-    parser.add_argument("line", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("line", nargs="*", default=[], help=argparse.SUPPRESS)
     common.add_json(parser)
 
 

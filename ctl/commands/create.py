@@ -44,16 +44,22 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _read(path: str) -> dict[str, Any]:
+    where, hint = ("stdin" if path == "-" else path), 'it must be JSON: {"payload": {"kernel": PATH}, ...}'
     try:
         if path == "-":
-            body = json.load(sys.stdin)
+            text = sys.stdin.read()
         else:
             with open(path) as file:
-                body = json.load(file)
+                text = file.read()
+        body = json.loads(text) if text.strip() else None
     except FileNotFoundError:
         raise NotFound(f"{path}: no such file", hint="write - for stdin") from None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: {error}", hint="it must be JSON: {\"payload\": {\"kernel\": PATH}, ...}") from None
+    except OSError as error:
+        raise UsageError(f"{where}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise UsageError(f"{where}: {error}", hint=hint) from None
+    if body is None:
+        raise UsageError(f"{where} is empty", hint=hint)
     if not isinstance(body, dict):
-        raise UsageError(f"{path}: {type(body).__name__} instead of an object")
+        raise UsageError(f"{where}: {type(body).__name__} instead of an object", hint=hint)
     return body

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from cellvisor.core.errors import NotFound
 from cellvisor.ctl import common
 
 HELP = "Make and show keys for VMs and clients that talk over TCP."
@@ -12,7 +13,8 @@ EXAMPLE = "cellvisor keys new laptop"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add new|show, NAME and --json."""
-    parser.add_argument("action", choices=("new", "show"), help="make a pair of keys, or show its public one")
+    parser.add_argument("action", choices=("new", "show"), metavar="new|show",
+                        help="make a pair of keys, or show its public one")
     parser.add_argument("name", metavar="NAME", help="of the pair; a VM's is `server` unless --api says key=FILE")
     common.add_json(parser)
 
@@ -22,7 +24,10 @@ def run(options: argparse.Namespace) -> int:
     from cellvisor.core.wire import keys
 
     path = keys.key_file(options.name)
-    pair = keys.make_pair(path) if options.action == "new" else keys.read_pair(path)
+    try:
+        pair = keys.make_pair(path) if options.action == "new" else keys.read_pair(path)
+    except NotFound as error:
+        raise NotFound(error.message, hint=f"cellvisor keys new {options.name} makes it") from None
     if options.json:
         return common.show_json({"name": options.name, "path": path, "public": pair.public})
     print(f'{options.name} = "{pair.public}"')

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from cellvisor.core.errors import CellvisorError, NotFound, TryAgain
+from cellvisor.core.errors import NotFound, TryAgain
+from cellvisor.core.wire import places
 from cellvisor.ctl import common
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 HELP = "Show the log of all processes of a VM; -f follows it."
 EXAMPLE = "cellvisor logs -f web"
 POLL_SECONDS = 0.2
+TIMEOUT = 10.0  # for an answer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
     """Print lines; with --json one object a line."""
     from cellvisor.ctl.client import Client
 
-    with Client(options.vm) as client:
+    with Client(options.vm, TIMEOUT) as client:
         found = _far_lines(client, options) if client.is_remote else _lines(client, options)
         for line in found:
             print(json.dumps(_parsed(line)) if options.json else line, flush=options.follow)
@@ -63,8 +66,19 @@ def _far_lines(client: Client, options: argparse.Namespace) -> Iterator[str]:
         yield begun + piece["rest"]
 
 
+def _path(client: Client) -> str:
+    """Return where the log is; where it is by itself, if the VM is too busy to say."""
+    try:
+        return str(client.call("ping").get("log_file") or "")
+    except TryAgain:
+        usual = os.path.join(client.path, places.LOG)
+        if not os.path.isfile(usual):
+            raise
+        return usual
+
+
 def _lines(client: Client, options: argparse.Namespace) -> Iterator[str]:
-    path = str(client.call("ping").get("log_file") or "")
+    path = _path(client)
     if not path:
         raise NotFound(f"{client.name}: keeps no log", hint="it is on the stderr of the one who started it")
     try:
@@ -73,18 +87,21 @@ def _lines(client: Client, options: argparse.Namespace) -> Iterator[str]:
         raise NotFound(f"{path}: {error.strerror}", hint="it is on the machine of the VM") from None
     with file:
         kept = file.readlines()
+        begun = kept.pop() if options.follow and kept and not kept[-1].endswith("\n") else ""
         for line in deque(kept, maxlen=options.lines) if options.lines is not None else kept:
             yield line.rstrip("\r\n")
-        while options.follow:
+        is_alive = options.follow
+        while is_alive:
+            is_alive = client.is_alive()
             while line := file.readline():
-                yield line.rstrip("\r\n")
-            time.sleep(POLL_SECONDS)
-            try:
-                client.call("ping")
-            except CellvisorError:
-                break
-        for line in file if options.follow else ():
-            yield line.rstrip("\r\n")
+                begun += line
+                if begun.endswith("\n"):
+                    yield begun.rstrip("\r\n")
+                    begun = ""
+            if is_alive:
+                time.sleep(POLL_SECONDS)
+        if begun:
+            yield begun
 
 
 def _parsed(line: str) -> dict[str, str]:

@@ -6,6 +6,7 @@ import argparse
 import time
 from typing import Any
 
+from cellvisor.core.errors import UsageError
 from cellvisor.ctl import common, plugging, render
 
 HELP = "List operations, show one, wait for its end, or cancel it."
@@ -15,7 +16,7 @@ ACTIONS = ("list", "show", "wait", "cancel")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add ACTION, ID, --vm and --timeout."""
-    parser.add_argument("action", nargs="?", default="list", choices=ACTIONS)
+    parser.add_argument("action", nargs="?", default="list", choices=ACTIONS, metavar="|".join(ACTIONS))
     parser.add_argument("id", nargs="?", metavar="ID", help="an operation, or a device for its latest one")
     parser.add_argument("--vm", metavar="VM", help="name or path; not needed with a single VM running")
     parser.add_argument("--timeout", type=common.seconds, default=30.0, metavar="SECONDS", help="for wait (30)")
@@ -26,6 +27,8 @@ def run(options: argparse.Namespace) -> int:
     """Ask and print."""
     from cellvisor.ctl.client import Client
 
+    if options.action != "list" and not options.id:
+        raise UsageError(f"ops {options.action}: ID is missing", hint="an operation's, or a device's for its latest")
     with Client(options.vm) as client:
         answer = _wait(client, options) if options.action == "wait" else client.call(
             "ops", action=options.action, id=options.id)

@@ -26,8 +26,11 @@ def run(options: argparse.Namespace) -> int:
         processes, stages = body["processes"], body["stages"]
     except FileNotFoundError:
         raise NotFound(f"{options.file}: no such file", hint="cellvisor run --report FILE makes one") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{options.file} is not a report: {error}") from None
+    except OSError as error:
+        raise UsageError(f"{options.file} is not a report: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{options.file} is not a report: {error}",
+                         hint="cellvisor run --report FILE makes one") from None
     if options.json:
         return common.show_json(body)
     print(f"{body['name']}: {body['end']}\n")

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add VM, --once, --interval and --json."""
     parser.add_argument("vm", nargs="?", metavar="VM", help="name or path; all if none is given, with remotes.toml")
     parser.add_argument("--once", action="store_true", help="print one table (as when stdout is no terminal)")
-    parser.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="between two looks (1)")
+    parser.add_argument("--interval", type=common.seconds, default=1.0, metavar="SECONDS", help="between two looks (1)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 

@@ -183,6 +183,8 @@ async def _go_on_running(vm: Supervisor, found: Record, info: dict[str, Any]) ->
             await booting.finish(vm, vm.require_core(), booting.consoles_of(vm, vm.require_core()))
         finally:
             vm.booting = False
+    elif found.flags.dry_run:
+        vm.end(1, "the dry run was cut short")
     elif not found.configured and found.flags.order is not None:
         if not found.created:
             vm.create(found.flags.order)

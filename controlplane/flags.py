@@ -27,7 +27,7 @@ LATER = (
 )
 
 SHAPING = ("--cpus", "--memory", "--disk", "--net", "--rng", "--console", "--serial", "--device-type", "--initramfs",
-           "--cmdline", "--rate-limit-group")  # what makes no sense without a kernel
+           "--cmdline", "--rate-limit-group", "--dry-run")  # what makes no sense without a kernel
 
 _EXAMPLE = """example:
   cellvisor run --kernel vmlinuz --initramfs initrd.img --cmdline "console=hvc0 root=/dev/vda1" \\
@@ -56,6 +56,7 @@ class RunFlags:
     metrics: str | None = None
     groups: tuple[RateLimitGroup, ...] = ()
     api: str | None = None
+    dry_run: bool = False
 
     @property
     def order(self) -> Order | None:
@@ -103,6 +104,7 @@ def parse(argv: list[str]) -> RunFlags:
             parse_kv(text, describe(RateLimitGroup), "--rate-limit-group")
             for group in given.rate_limit_group for text in group]),
         api=None if given.api is None else _api(given.api),
+        dry_run=given.dry_run,
     )
 
 
@@ -138,6 +140,7 @@ def _make_parser() -> _Parser:
     add("--metrics", metavar="PATH|tcp://127.0.0.1:PORT", help="serve Prometheus metrics at a socket or local port")
     add("--log-file", metavar="PATH", help="collect the log of all processes of the VM (`log` in its run directory)")
     add("--report", metavar="PATH", help="at the end write processes, memory and boot stages as JSON")
+    add("--dry-run", action="store_true", help="only say, as a run would, what is wrong with it; no guest is booted")
     add("-v", "--verbose", action="count", default=0, help="log more to stderr; twice for debugging")
     return parser
 

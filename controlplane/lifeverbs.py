@@ -40,6 +40,21 @@ def checks(vm: Supervisor, turn: asyncio.Lock) -> dict[str, Handler]:
             "set-link": life.check_link}
 
 
+async def try_devices(vm: Supervisor) -> None:
+    """Try every device of a VM that was created, each for itself: that two want the same is not seen.
+
+    Raises what kept the first one from it.
+    """
+    async def attempt(device: Device) -> None:
+        with descriptors.lent(vm.require_core(), device) as fds:
+            await vm.nurseries.try_out(device, READY_TIMEOUT, fds)
+
+    tried = [attempt(device) for device in vm.config.devices]
+    for error in await asyncio.gather(*tried, return_exceptions=True):
+        if error is not None:
+            raise error
+
+
 class Life:
     """What is done to one VM."""
 
@@ -72,19 +87,11 @@ class Life:
         return {}
 
     async def check_boot(self, args: dict[str, Any]) -> tuple[Device, ...]:
-        """Try every device, each for itself: that two want the same is not seen."""
+        """Return the devices that would be started."""
         async with self._turn:
             self._refuse_boot()
-            devices = self._vm.config.devices
-            tried = [self._try(device) for device in devices]
-            for error in await asyncio.gather(*tried, return_exceptions=True):
-                if error is not None:
-                    raise error
-        return devices
-
-    async def _try(self, device: Device) -> None:
-        with descriptors.lent(self._vm.require_core(), device) as fds:
-            await self._vm.nurseries.try_out(device, READY_TIMEOUT, fds)
+            await try_devices(self._vm)
+            return self._vm.config.devices
 
     def _refuse_boot(self) -> None:
         self._refuse_while_booting("boot")

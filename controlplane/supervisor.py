@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import zmq.asyncio
 
-from cellvisor.controlplane import adopt, booting, descriptors, report, vmconfig
+from cellvisor.controlplane import adopt, booting, descriptors, lifeverbs, report, vmconfig
 from cellvisor.controlplane.api import Api
 from cellvisor.controlplane.config import Payload, VmConfig
 from cellvisor.controlplane.corelink import CoreLink
@@ -137,6 +137,10 @@ class Supervisor:
         order = self.flags.order
         if order is not None:
             self.create(order)
+            if self.flags.dry_run:
+                await lifeverbs.try_devices(self)
+                self.end(0)
+                return
         self.open_api()
         if order is not None:
             await booting.boot(self)

@@ -28,7 +28,8 @@ ffibuilder = FFI()
 ffibuilder.cdef(declarations())
 ffibuilder.set_source(
     "cellvisor.core._native._native",
-    "#include <sys/prctl.h>\n" + "".join(f"#include <linux/{name}>\n" for name in KERNEL_HEADERS) +
+    "#include <sys/prctl.h>\n#include <sys/socket.h>\n" +
+    "".join(f"#include <linux/{name}>\n" for name in KERNEL_HEADERS) +
     "".join(f'#include "{name}"\n' for name in HEADERS),
     sources=[f"src/cellvisor/core/_native/{name}" for name in SOURCES],
     include_dirs=["src/cellvisor/core/_native"],

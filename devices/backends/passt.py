@@ -26,7 +26,6 @@ from cellvisor.devices.backends.tap import HEADER_SIZE, Tap
 
 MTU = 65520         # what passt itself tells guests
 SHORTEST, LONGEST = 14, 65535
-MOST = 4096         # frames that are thrown away at once
 BACKOFF = (0.0, 0.1, 0.5, 2.0)  # before each start that follows a failed one or an early end; the last one again
 LENGTH = struct.Struct("!I")
 _INT = struct.Struct("i")
@@ -90,9 +89,9 @@ class Passt(Tap):
 
     def empty(self, scratch: memoryview) -> None:
         with contextlib.suppress(OSError):  # whoever watches it notices
-            for _ in range(MOST):
-                if not self.read([scratch]):
-                    break
+            waiting = self._count(termios.FIONREAD)  # a flood must not keep us
+            while waiting > 0 and (size := self.read([scratch])):
+                waiting -= LENGTH.size + size - HEADER_SIZE
 
     def lost(self, host: Any, found: Callable[[], None]) -> None:
         """It has ended: start another one, now or later, then call `found`."""

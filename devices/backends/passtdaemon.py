@@ -17,6 +17,7 @@ from cellvisor.core.wire.places import PROCESS
 
 NAME = "passt"
 START_SECONDS = 3.0
+BUFFER = 4 << 20  # bytes of frames that may wait for the card's process
 lib = _native.lib
 
 
@@ -32,6 +33,7 @@ def start(arguments: Sequence[str]) -> tuple[socket.socket, int]:
     lib.prctl(lib.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what goes to the background comes to us
     before = _children()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    _enlarge(theirs)
     command = [program, "--quiet", "--fd", str(theirs.fileno()), *arguments]
     with theirs:
         try:
@@ -59,6 +61,14 @@ def _reap(host: Any, pidfd: int) -> None:
     host.unwatch(pidfd)
     os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
     os.close(pidfd)
+
+
+def _enlarge(theirs: socket.socket) -> None:
+    """Let passt send a whole TCP window at once: what finds no room it drops, and old ones repeat it after 2 s."""
+    try:
+        theirs.setsockopt(socket.SOL_SOCKET, lib.SO_SNDBUFFORCE, BUFFER)
+    except PermissionError:
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)  # as much of it as net.core.wmem_max allows
 
 
 def _children() -> set[int]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -147,3 +151,62 @@ def test_it_is_for_cards_without_a_word_about_the_host(options: dict[str, Any], 
 def test_it_has_one_pair_of_queues() -> None:
     with pytest.raises(UsageError, match="num_queues=4 without tap or fd: passt has one pair"):
         passt.open_passt(build(Net.Options, {"num_queues": 4}), FakeHost())
+
+
+PROGRAM = """#!{python}
+import os, socket, sys
+ours = socket.socket(fileno=int(sys.argv[sys.argv.index("--fd") + 1]))
+if os.fork():
+    os._exit(0)
+os.setsid()
+os.closerange(0, 3)
+room = ours.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+ours.sendall(f"{{os.getpid()}} {{room}} {{' '.join(sys.argv[4:])}}".encode())
+ours.recv(1)
+"""
+
+
+@pytest.fixture
+def reaper() -> Iterator[None]:
+    """Let this process be one for the test alone."""
+    yield
+    passtdaemon.lib.prctl(passtdaemon.lib.PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+@pytest.mark.usefixtures("reaper")
+def test_it_is_started_with_room_and_known_by_its_pidfd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "passt"
+    program.write_text(PROGRAM.format(python=sys.executable))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(passtdaemon, "START_SECONDS", 60.0)
+    host, (ours, pidfd) = FakeHost(), passtdaemon.start(["--mtu", "1400"])
+    passtdaemon.keep(host, ours, pidfd)
+    ours.settimeout(60)
+    pid, room, *rest = ours.recv(1000).decode().split()
+    assert rest == ["--mtu", "1400"]
+    limit = int(Path("/proc/sys/net/core/wmem_max").read_text())
+    assert int(room) >= 2 * min(passtdaemon.BUFFER, limit)  # socket(7): the kernel doubles it
+    signal.pidfd_send_signal(host.store["process:passt"], signal.SIGKILL)
+    assert ours.recv(1) == b"", "it is this process"
+    end = time.monotonic() + 60
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < end, "nobody reaps it"
+        host.reactor.turn(0.1)
+    ours.close()
+    for fd in host.store.values():
+        os.close(fd)
+    host.reactor.close()
+
+
+def test_emptied_it_throws_away_what_waits_however_much_that_is(ends: tuple[Passt, socket.socket]) -> None:
+    one, theirs = ends
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+    theirs.setblocking(False)
+    sent = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            assert theirs.send(message(bytes(60)) * 100) == 6400
+            sent += 100
+    one.empty(memoryview(bytearray(1 << 17)))
+    assert read(one) == b"", sent

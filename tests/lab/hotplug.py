@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -78,6 +81,34 @@ def device(client: Client, key: str) -> dict[str, Any]:
     """Return what the VM knows of a device, {} if there is none."""
     found: list[dict[str, Any]] = client.call("devices")["devices"]
     return next((one for one in found if one["id"] == key), {})
+
+
+class Killer:
+    """Kills the process of a device again and again: `kills` so far."""
+
+    def __init__(self, client: Client, key: str) -> None:
+        self.kills = 0
+        self._client, self._key = client, key
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="killer")
+
+    def _run(self) -> None:
+        client = Client(self._client.path, timeout=180)
+        while not self._stop.wait(0.3):
+            with suppress(ProcessLookupError):
+                pid = device(client, self._key).get("pid")
+                if pid:
+                    os.kill(pid, signal.SIGKILL)
+                    self.kills += 1
+        client.close()
+
+    def __enter__(self) -> Killer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join(60)
 
 
 def slots(guest: Linux) -> list[str]:

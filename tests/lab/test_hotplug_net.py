@@ -5,13 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
 import socket
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,7 +16,7 @@ import pytest
 from cellvisor.ctl.client import Client
 from tests.fakes import ch_remote
 from tests.lab.guest import Linux
-from tests.lab.hotplug import MIB, add, client_of, device, eventually, is_done, remove, sparse
+from tests.lab.hotplug import MIB, Killer, add, client_of, device, eventually, is_done, remove, sparse
 from tests.native import netns
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
@@ -90,34 +87,6 @@ def test_link_goes_and_returns(vm: tuple[Linux, Client]) -> None:
     eventually(lambda: guest.try_run("ping -c 1 -W 5 10.88.0.1").status == 0, "an answer to a ping")
 
 
-class Killer:
-    """Kills the process of the card again and again."""
-
-    def __init__(self, client: Client) -> None:
-        self.kills = 0
-        self._client = client
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="killer")
-
-    def _run(self) -> None:
-        client = Client(self._client.path, timeout=180)
-        while not self._stop.wait(0.3):
-            with suppress(ProcessLookupError):
-                pid = device(client, "net0").get("pid")
-                if pid:
-                    os.kill(pid, signal.SIGKILL)
-                    self.kills += 1
-        client.close()
-
-    def __enter__(self) -> Killer:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stop.set()
-        self._thread.join(60)
-
-
 def converse(guest: Linux, server: socket.socket, digest: str) -> None:
     """Have the guest send its file, send it back, and compare both."""
     guest.run("nc 10.88.0.1 5001 </tmp/data >/tmp/back 2>/tmp/nc.log &")
@@ -161,7 +130,7 @@ def test_tcp_carries_on_through_kills(vm: tuple[Linux, Client]) -> None:
     """What was sent arrives whole, both ways, whatever became of segments on the way."""
     guest, client = vm
     digest = digest_of_file(guest)
-    with socket.create_server(("10.88.0.1", 5001)) as server, Killer(client) as killer:
+    with socket.create_server(("10.88.0.1", 5001)) as server, Killer(client, "net0") as killer:
         server.settimeout(300)
         while killer.kills < 20:
             converse(guest, server, digest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
 
 async def wait_readable(fd: int) -> None:
@@ -17,9 +18,16 @@ async def wait_readable(fd: int) -> None:
 
 
 async def wait_pidfd(pidfd: int) -> None:
-    """Wait until the process of `pidfd` ended; nothing to wait for if it is -1."""
+    """Wait until the process of `pidfd` ended; nothing to wait for if it is -1.
+
+    Others may wait for it too, and whoever owns `pidfd` may close it meanwhile. Raises OSError without descriptors.
+    """
     if pidfd >= 0:
-        await wait_readable(pidfd)
+        ours = os.dup(pidfd)
+        try:
+            await wait_readable(ours)
+        finally:
+            os.close(ours)
 
 
 def settle(future: asyncio.Future[None]) -> None:

@@ -87,7 +87,9 @@ class Fleet:
             if self._latest.get(device.id) is not before:
                 raise Conflict(f"{device.id}: somebody else starts it")
         last = before.generation if before else self._used.get(device.id, 0)
-        one = Incarnation(device, last + 1, os.urandom(16).hex(), self._loop.create_future(),
+        # Who waits for the device waits on when a process dies before it is ready, and another one follows.
+        ready = before.ready if before is not None and not before.ready.done() else self._loop.create_future()
+        one = Incarnation(device, last + 1, os.urandom(16).hex(), ready,
                           served=before is not None and before.served, drains=drains)
         one.ready.add_done_callback(lambda ready: ready.cancelled() or ready.exception())  # may go unseen
         self._latest[device.id] = one
@@ -102,6 +104,8 @@ class Fleet:
                 run_dir=self._run_dir, suspect=suspect, drain=drains)
         except CellvisorError:
             one.state = State.ENDED
+            if self._latest.get(device.id) is not one:  # and whoever is there by now is not to be tried again
+                raise Conflict(f"{device.id}: was removed meanwhile") from None
             raise
         if one.state is State.SPAWNING:
             one.state = State.RUNNING
@@ -180,6 +184,8 @@ class Fleet:
         if one is not None:
             self._used[device_id] = one.generation
             one.state = State.ENDED
+            if not one.ready.done():
+                one.ready.set_exception(NotFound(f"{device_id}: was removed meanwhile"))
         return one
 
     async def wait_ready(self, timeout: float = READY_TIMEOUT) -> None:
@@ -287,8 +293,8 @@ class Fleet:
             await self.start(dead.device, suspect=is_self_inflicted(dead.status))
         except CellvisorError as error:
             one = self._latest.get(dead.device.id)
-            # Another device may have come by that name while this one's process was being forked.
-            if one is not None and one.device is dead.device and not self.is_stopping:
+            # Another process or device may have come by that name while this one's process was being forked.
+            if one is not None and one.device is dead.device and one.state is State.ENDED and not self.is_stopping:
                 one.reason = one.reason or str(error).removeprefix(f"{one.device.id}: ")
                 self._park(one)
 

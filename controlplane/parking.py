@@ -60,20 +60,21 @@ class Parking:
             if delay is None:
                 raise TryAgain("its drain processes die")
             await asyncio.sleep(delay)
-            await self.drain(device.id)
+            one = self._fleet.find(device.id)
+            if one is not None and one.device is device:
+                await self.drain(device.id)
         except CellvisorError as error:
             log.get("fleet").error("%s: nobody finishes its reset: %s", device.id, error)
 
     async def drain(self, device_id: str) -> Incarnation:
         """Give a parked device up: all that the guest asks of it fails, until its driver resets it.
 
-        Then it is parked again. Returns when that has begun. Raises NotFound, Conflict, UsageError.
+        Then it is parked again. Returns when that has begun. Raises NotFound, Conflict, UsageError, TryAgain.
         """
         one = self._parked(device_id)
         drain = await self._fleet.start(one.device, drains=True)
         drain.reason = one.reason
-        await asyncio.wait_for(asyncio.shield(drain.ready), READY_TIMEOUT)
-        return drain
+        return await self._up(drain)
 
     async def see_out(self, device_id: str) -> None:
         """Have a device that is to leave answer its driver: a parked one is drained, a dead one waits no longer.
@@ -95,7 +96,7 @@ class Parking:
                           reason=one.reason)
 
     async def revive(self, device_id: str) -> Incarnation:
-        """Start a parked device anew, its budget refilled. Raises NotFound, Conflict, UsageError."""
+        """Start a parked device anew, its budget refilled. Raises NotFound, Conflict, UsageError, TryAgain."""
         one = self._fleet.find(device_id)
         if one is not None and one.drains and one.is_alive:
             kill_pidfd(one.pidfd)
@@ -103,9 +104,15 @@ class Parking:
             self._fleet.lost(one)
         one = self._parked(device_id)
         self._fleet.budget(one.device).refill()
-        revived = await self._fleet.start(one.device)
-        await asyncio.wait_for(asyncio.shield(revived.ready), READY_TIMEOUT)
-        return revived
+        return await self._up(await self._fleet.start(one.device))
+
+    async def _up(self, one: Incarnation) -> Incarnation:
+        """Wait until a device is served; returns by whom: `one` may have died, and another one followed."""
+        try:
+            await asyncio.wait_for(asyncio.shield(one.ready), READY_TIMEOUT)
+        except TimeoutError:
+            raise TryAgain(f"{one.device.id}: its process was not ready within {READY_TIMEOUT:g} s") from None
+        return self._fleet.get(one.device.id)
 
     def _parked(self, device_id: str) -> Incarnation:
         one = self._fleet.find(device_id)

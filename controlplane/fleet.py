@@ -175,6 +175,13 @@ class Fleet:
         """The latest incarnation ended without having served: the next one is started by who says so."""
         self._latest[device_id].state = State.ENDED
 
+    def give_up(self, device_id: str, reason: str) -> None:
+        """The latest incarnation could not serve, and nobody has another one: until restart-device."""
+        one = self._latest[device_id]
+        if one.state is State.ENDED:
+            one.served, one.reason = True, one.reason or reason
+            self._park(one)
+
     def retire(self, device_id: str) -> Incarnation | None:
         """Forget a device: it gets no successor. Its process, if there is one, and its pidfd are the caller's."""
         one = self._latest.pop(device_id, None)

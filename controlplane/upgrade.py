@@ -2,7 +2,7 @@
 
     new nursery -> QUIESCE -> can it read what was saved? -> RELEASE, the fence is free -> next generation -> READY
                       |             +-- no: UNQUIESCE, the old incarnation carries on
-                      +-- not quiet: the same      +-- could not serve: a fresh incarnation of the old code
+                      +-- not quiet: the same      +-- could not serve: a fresh incarnation of the old code, else parked
 The old nursery ends when no device is at home there any more.
 """
 
@@ -29,6 +29,7 @@ EVERY = "all"
 QUIESCE_TIMEOUT = 15.0  # core gives up on a worker after 10 s
 READY_TIMEOUT = 30.0
 END_TIMEOUT = 5.0
+LATE = "not ready in time"
 
 
 def table(vm: Supervisor) -> dict[str, Callable[[dict[str, Any]], Awaitable[Any]]]:
@@ -57,7 +58,10 @@ class Upgrade:
             try:
                 for device in devices:
                     try:
-                        done.append(await self._upgrade(fleet, device, number))
+                        async with self._vm.plug.locked(device.id):
+                            if self._vm.inventory.devices.get(device.id) is not device:
+                                raise NotFound(f"no device {device.id!r} any more")
+                            done.append(await self._upgrade(fleet, device, number))
                     except CellvisorError as error:
                         log.get("upgrade").warning("%s", error)
                         self._vm.events.emit("device.upgrade-failed", device=device.id, reason=str(error))
@@ -100,20 +104,23 @@ class Upgrade:
             if quiet.get("late"):
                 raise TryAgain(f"{device.id}: what it executes does not end", hint="the old code carries on")
             await self._check(device, number)
+            if old.state is not State.SERVING:
+                raise TryAgain(f"{device.id}: died meanwhile", hint="try again when it serves")
         except CellvisorError:
             with contextlib.suppress(CellvisorError):
                 await core.request(CoreVerb.UNQUIESCE, device=device.id)
             raise
         fleet.relieve(old)
-        await core.request(CoreVerb.RELEASE, device=device.id)
+        with contextlib.suppress(CellvisorError):  # who was not told is killed, which harms no one who is quiet
+            await core.request(CoreVerb.RELEASE, device=device.id)
         await _gone(old)
         home, nurseries.homes[device.id] = nurseries.homes.get(device.id, nurseries.present), number
         try:
             new = await self._start(fleet, device)
         except (CellvisorError, TimeoutError) as error:
             nurseries.homes[device.id] = home
-            await self._start(fleet, device)
-            raise Conflict(f"{device.id}: the new code cannot serve: {error or 'not ready in time'}",
+            await self._start_old(fleet, device)
+            raise Conflict(f"{device.id}: the new code cannot serve: {error or LATE}",
                            hint="the old code serves again", code="upgrade-failed") from None
         took = round((time.monotonic() - began) * 1000, 3)
         about = {"generation": new.generation, "pid": new.pid, "ms": took}
@@ -133,6 +140,14 @@ class Upgrade:
             raise Conflict(f"{device.id}: its saved state has version {version}, the new code reads "
                            f"{', '.join(map(str, kind.reads)) or 'none'}", hint="the old code carries on",
                            code="upgrade-refused")
+
+    async def _start_old(self, fleet: Fleet, device: Device) -> None:
+        try:
+            await self._start(fleet, device)
+        except (CellvisorError, TimeoutError) as error:
+            fleet.give_up(device.id, LATE if isinstance(error, TimeoutError) else str(error))
+            raise Conflict(f"{device.id}: neither the new code nor the old can serve: {fleet.get(device.id).reason}",
+                           hint="it is parked: see cellvisor restart-device", code="upgrade-failed") from None
 
     @staticmethod
     async def _start(fleet: Fleet, device: Device) -> Incarnation:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cellvisor.core.errors import CellvisorError, UsageError
-from cellvisor.devices.backends import passtdaemon
+from cellvisor.devices.backends import forward, passtdaemon
 from cellvisor.devices.backends.passtdaemon import NAME
 from cellvisor.devices.backends.tap import HEADER_SIZE, Tap
 
@@ -149,14 +149,17 @@ def open_passt(options: Any, host: Any) -> Passt:
         if not has_ended(stored):
             return Passt(stored, options.mtu, arguments(options))
         os.close(stored)
-    fresh, pidfd = passtdaemon.start(arguments(options))
+    try:
+        fresh, pidfd = passtdaemon.start(arguments(options))
+    except UsageError as error:
+        raise forward.blame(error, options.forward or ()) from None
     passtdaemon.keep(host, fresh, pidfd)
     return Passt(fresh.detach(), options.mtu, arguments(options))
 
 
 def arguments(options: Any) -> list[str]:
-    """Return passt's arguments for a card."""
-    return ["--mtu", str(options.mtu)] if options.mtu else []
+    """Return passt's arguments for a card. Raises UsageError."""
+    return [*(["--mtu", str(options.mtu)] if options.mtu else []), *forward.arguments(options.forward or ())]
 
 
 def has_ended(fd: int) -> bool:

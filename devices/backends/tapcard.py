@@ -175,6 +175,9 @@ def check(options: Any) -> None:
     for key in ("mac", "host_mac"):
         if getattr(options, key) is not None:
             parse_mac(key, getattr(options, key))
+    if options.forward and not is_wanted(options):
+        raise UsageError(f"forward={options.forward[0][:60]} is for passt alone",
+                         hint="leave tap, ip, mask, host_mac and fd out")
     if options.tap and ("/" in options.tap or not options.tap.isprintable()):
         raise UsageError(f"tap={options.tap!r} cannot name an interface")
     if options.fd is not None:

@@ -63,6 +63,7 @@ class Net(DeviceBase):
         host_mac: str | None = option(None, help="the host's MAC address")
         mtu: int | None = option(None, help="largest packet, default: the tap's", min=1280, max=65535)
         fd: list[int] | None = option(None, help="open descriptors of a tap, one for each pair of queues", min=3)
+        forward: list[str] | None = option(None, help="on passt, the host's ports: tcp:2222:22, udp:ADDRESS:53:53")
         num_queues: int = option(2, help="queues, two for each pair", min=2, max=62)
         queue_size: int = option(256, help="buffers of a queue", min=16, max=32768, power_of_two=True)
         offload_csum: bool = option(True, help="leave checksums to the other side")

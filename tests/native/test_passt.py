@@ -9,10 +9,12 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,7 @@ from tests.native.passts import LOAD, helper, needs_passt, passts, wait_gone
 from tests.native.steer import Steer, steer
 
 pytestmark = [pytest.mark.kvm, needs_kvm, netns.needs_tap, needs_passt]
+HEADERS = 42  # of Ethernet, IPv4 and UDP
 KEEPS = "restart_budget=1000,restart_window=1,restart_backoff=[0]"
 
 
@@ -118,6 +121,38 @@ def test_passt_ends_with_core(vm: Vm, routed: threading.Event) -> None:
         os.kill(vmm.pid("core"), signal.SIGKILL)
         wait_gone()
         assert vmm.running.finish().status == 1
+
+
+def test_a_port_of_the_host_leads_to_the_guest(vm: Vm, routed: threading.Event) -> None:
+    """A datagram with number 0 ends the guest: it comes through the port, of the second passt too."""
+    with steer(vm, f"{LOAD} count=100M bs=256", extra=["--net", "mtu=1500,forward=udp:5555:4000"]) as vmm:
+        vmm.running.wait_for("back=16")
+        vmm.mark()
+        os.kill(next(iter(passts())), signal.SIGKILL)
+        vmm.wait("backend.found")
+        wait_back(vmm, 32)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            end = time.monotonic() + 60
+            while vmm.running.process.poll() is None:
+                assert time.monotonic() < end, vmm.running.text[-500:]
+                with suppress(ConnectionRefusedError):  # the guest and its passt have ended
+                    sender.sendto(bytes(256 - HEADERS), ("127.0.0.1", 5555))
+                time.sleep(0.05)
+        vmm.running.finish().check()
+    wait_gone()
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("tcp:2222:22", "forward=tcp:2222:22: passt cannot listen there (another process may do so; a port below 1024"),
+    ("tcp:192.0.2.77:2223:22", "forward=tcp:192.0.2.77:2223:22: passt cannot listen there ("),
+    ("tcp:22", "forward=tcp:22 is not PROTOCOL:PORT:GUESTPORT (tcp:2222:22, or with an address of the host: ")])
+def test_a_port_that_cannot_be_had_is_one_line(vm: Vm, routed: threading.Event, text: str, message: str) -> None:
+    with socket.create_server(("127.0.0.1", 2222)):
+        said = vm("test=boot", extra=["--net", f"forward={text}"])
+    assert said.status == 2
+    (line,) = [line for line in said.stderr.splitlines() if line.startswith("cellvisor:")]
+    assert message in line
+    assert not passts()
 
 
 def test_a_host_without_a_route_is_told_of(vm: Vm, network: None) -> None:

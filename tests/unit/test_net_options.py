@@ -42,6 +42,7 @@ from tests.fakes.net import MAC
     ({"fd": [7, 8]}, r"fd=\[7, 8\]: 2 different descriptors for num_queues=2"),
     ({"fd": [7, 7], "num_queues": 4}, r"fd=\[7, 7\]: 1 different descriptors"),
     ({"fd": [7], "tap": "t"}, "tap=t does not go with fd"),
+    ({"forward": ["tcp:2222:22"], "tap": "t"}, "forward=tcp:2222:22 is for passt alone"),
     ({"fd": [7]}, r"fd=\[7\]: no such descriptor came with it"),
 ])
 def test_refusals_name_key_and_value(options: dict[str, Any], message: str) -> None:

@@ -210,3 +210,21 @@ def test_emptied_it_throws_away_what_waits_however_much_that_is(ends: tuple[Pass
             sent += 100
     one.empty(memoryview(bytearray(1 << 17)))
     assert read(one) == b"", sent
+
+
+@pytest.mark.parametrize(("options", "wanted"), [
+    ({}, []), ({"mtu": 1400}, ["--mtu", "1400"]),
+    ({"forward": ["tcp:2222:22"]}, ["-t", "127.0.0.1/2222:22", "-u", "none"]),
+    ({"forward": ["udp:0.0.0.0:53:5353", "tcp:192.0.2.1:1:65535"]},
+     ["-u", "0.0.0.0/53:5353", "-t", "192.0.2.1/1:65535"])])
+def test_what_it_is_told(options: dict[str, Any], wanted: list[str]) -> None:
+    assert passt.arguments(build(Net.Options, options)) == wanted
+
+
+@pytest.mark.parametrize("text", [
+    "", "2222:22", "sctp:1:2", "tcp:1", "tcp:0:22", "tcp:1:65536", "tcp:a:22", "tcp:-1:22", "tcp:127.0.0.256:1:2",
+    "tcp::1:2", "tcp:1:2:3:4", "tcp:1:\u0662", "tcp:/1:2", "tcp:1 :2"])
+def test_ports_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        passt.arguments(build(Net.Options, {"forward": ["tcp:2222:22", text]}))
+    assert f"forward={text} is not PROTOCOL:PORT:GUESTPORT (tcp:2222:22, or with an address" in str(caught.value)

@@ -29,6 +29,7 @@ from cellvisor.controlplane.events import EventLog, Monitor
 from cellvisor.controlplane.flags import RunFlags
 from cellvisor.controlplane.fleet import Fleet
 from cellvisor.controlplane.inventory import Catalog, Inventory
+from cellvisor.controlplane.keeping import Keeping
 from cellvisor.controlplane.nurseries import Nurseries
 from cellvisor.controlplane.plug import Plug
 from cellvisor.controlplane.processes import Child, Launcher, describe_exit
@@ -80,7 +81,7 @@ class Supervisor:
         self._context = left.context if left is not None else zmq.asyncio.Context()
         self._launcher = launcher
         self._change: asyncio.Task[None] | None = None
-        self._keeping: asyncio.Task[None] | None = None
+        self._keeping = Keeping(self._keep)
         self.core: CoreLink | None = None
         self.nurseries = self._new_nurseries()
         self.configured = False
@@ -189,8 +190,7 @@ class Supervisor:
 
     def changed(self) -> None:
         """Have core keep our state soon: something changed without a step of core's."""
-        if self._keeping is None or self._keeping.done():
-            self._keeping = self._loop.create_task(self._keep())
+        self._keeping.changed()
 
     async def _keep(self) -> None:
         with contextlib.suppress(CellvisorError):
@@ -352,7 +352,6 @@ class Supervisor:
     async def _end_machine(self) -> None:
         if self.core_child.pidfd >= 0:
             self._loop.remove_reader(self.core_child.pidfd)
-        if self._keeping is not None:
-            self._keeping.cancel()
+        self._keeping.cancel()
         await end_machine(self.core, self.core_child, self.nurseries, self._nursery_child, self.fleet)
         self.core, self.fleet = None, None

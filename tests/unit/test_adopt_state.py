@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from cellvisor.controlplane import blob, flags, rundir
 from cellvisor.controlplane.blob import Life, Record
 from cellvisor.controlplane.config import VmConfig
 from cellvisor.controlplane.inventory import Device
+from cellvisor.controlplane.keeping import Keeping
 from cellvisor.core.custody import MAX_BLOB, Custody
 from cellvisor.core.errors import CellvisorError, Conflict, NotFound, UsageError
 from cellvisor.core.wire import places
@@ -153,3 +155,28 @@ def test_a_successor_that_did_not_get_the_name_removes_nothing(tmp_path: Path) -
     rundir.adopt("web", str(tmp_path)).remove()
     assert sorted(os.listdir(tmp_path / "web")) == [places.LOCK, places.PILOT]
     os.kill(core, 9)
+
+
+def test_what_changes_while_core_takes_our_state_is_kept_too() -> None:
+    async def run() -> None:
+        state, kept, taken = [0], list[int](), asyncio.Event()
+
+        async def keep() -> None:
+            kept.append(state[0])
+            await taken.wait()
+
+        keeping = Keeping(keep)
+        for state[0] in (1, 2, 3):
+            keeping.changed()
+            await asyncio.sleep(0)
+        assert kept == [1]
+        taken.set()
+        while len(kept) < 2:
+            await asyncio.sleep(0)
+        state[0] = 4
+        keeping.changed()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert kept == [1, 3, 4]
+
+    asyncio.run(run())

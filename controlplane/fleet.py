@@ -188,6 +188,7 @@ class Fleet:
         self._budgets.pop(device_id, None)
         self._died_at.pop(device_id, None)
         self.parking.forget(device_id)
+        self._nursery.leave(device_id)
         if one is not None:
             self._used[device_id] = one.generation
             one.state = State.ENDED

@@ -76,8 +76,8 @@ class Nurseries:
                 continue
             try:
                 link = NurseryLink(self._path(number), self._on_exited, lambda number=number: self._lost(number))  # type: ignore[misc]
-                self._processes[number] = Child("nursery", link.pid, os.pidfd_open(link.pid))
                 self._links[number] = link
+                self._processes[number] = Child("nursery", link.pid, os.pidfd_open(link.pid))
                 self._catalogs[number] = await link.catalog()
                 children.update(await link.children())
             except (OSError, TimeoutError, CellvisorError):
@@ -125,6 +125,10 @@ class Nurseries:
             if self._links.get(number) is link:
                 raise
             raise TryAgain(f"{device}: {error}", code=DIED) from None
+
+    def leave(self, device: str) -> None:
+        """It is gone: another one of its name is at home in the present nursery."""
+        self.homes.pop(device, None)
 
     async def try_out(self, device: Device, timeout: float, fds: Sequence[int] = ()) -> None:
         """Have a process find out whether `device` can be made, with `fds` of the user. Raises what would be raised if

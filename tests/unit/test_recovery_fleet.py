@@ -48,6 +48,9 @@ class Vm:
         self.spawned.append({"generation": generation, **args})
         return process.pid, os.pidfd_open(process.pid)
 
+    def leave(self, device: str) -> None:
+        pass
+
     def say(self, name: str, **properties: Any) -> None:
         """Be core."""
         about = {"device": "data", "generation": len(self.attached), **properties}

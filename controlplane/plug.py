@@ -76,11 +76,11 @@ class Plug:
                 undo.pop_all()
         except CellvisorError as error:
             self._adding.pop(device.id, None)
-            self.operations.move(operation, OpState.REFUSED, str(error))
+            self._failed(operation, OpState.REFUSED, str(error))
             raise
         except BaseException:
             self._adding.pop(device.id, None)
-            self.operations.move(operation, OpState.CANCELLED, "the VM ended")
+            self._failed(operation, OpState.CANCELLED, "the VM ended")
             raise
         self.pending.notified(operation, timeout)
         return device
@@ -116,6 +116,10 @@ class Plug:
         self._want(device)  # goes into core's record with the step
         await core.request(CoreVerb.PLUG, device=device.id)
         vm.events.emit("device.added", id=device.id, bdf=device.bdf, type=device.type)
+
+    def _failed(self, operation: Operation, state: OpState, reason: str) -> None:
+        if not operation.is_over:  # the guest was faster than core's answer, or the machine ended
+            self.operations.move(operation, state, reason)
 
     # ---- removing
 
@@ -248,8 +252,8 @@ class Plug:
             if vm.inventory.devices.get(key) is not device:
                 return  # taken back already, and there is another one of that name
             await self._put_away(fleet, key)
-            if device is None:
-                return
+            if device is None or vm.inventory.devices.get(key, device) is not device:
+                return  # the machine has ended meanwhile, and another one of that name was wanted for the next
             vm.inventory.release(key)
             self._unwant(key)
             if how == "force":

@@ -1,0 +1,59 @@
+"""Adding and removing while the VM ends, or while the guest is faster than core's answer."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from cellvisor.controlplane import plug as module
+from cellvisor.core.errors import Internal
+from tests.unit.test_hotplug_plug import DISK, Vm, is_empty, run, settle
+
+
+@pytest.mark.parametrize("event", ["vm.crashed", "slot.enumerated"])
+def test_an_addition_that_fails_after_its_operation_has_ended(event: str) -> None:
+    async def work(vm: Vm) -> None:
+        assert vm.core is not None
+        plain = vm.core.request
+
+        async def request(verb: str, timeout: float = 0, /, **args: Any) -> dict[str, Any]:
+            answer = await plain(verb, timeout, **args)
+            if verb == "plug":
+                if event == "vm.crashed":
+                    vm.events.emit(event)
+                else:
+                    vm.says(event, "data", how="ost")
+                raise Internal("core is gone")
+            return answer
+
+        vm.core.request = request  # type: ignore[method-assign]
+        with pytest.raises(Internal, match="core is gone"):
+            await vm.plug.add("add-disk", DISK)
+        assert vm.plug.operations.get("data").is_over
+        assert is_empty(vm)
+
+    run(work)
+
+
+def test_a_removal_that_ends_late_leaves_the_next_device_of_that_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(vm: Vm) -> None:
+        gone = asyncio.Event()
+
+        async def see_off(one: Any, patience: float) -> None:
+            await gone.wait()
+
+        monkeypatch.setattr(module, "see_off", see_off)
+        await vm.plug.add("add-disk", DISK)
+        await vm.plug.remove("data")
+        vm.says("slot.ejected", "data", how="guest")
+        await settle()
+        vm.events.emit("vm.shutdown")
+        vm.state = "Created"
+        device = await vm.plug.add("add-disk", DISK)
+        gone.set()
+        await settle()
+        assert (list(vm.inventory.devices.values()), vm.config.devices) == ([device], (device,))
+
+    run(work)

@@ -150,7 +150,7 @@ class Plug:
                     await self._fleet().parking.see_out(key)
                 await self._core().request(CoreVerb.UNPLUG, device=key, force=host_only)
             except CellvisorError as error:
-                if pending is None:
+                if pending is None and not operation.is_over:  # the machine may have ended, and the device with it
                     self._leaving.pop(key, None)
                     self._want(device)
                     self.operations.move(operation, OpState.REFUSED, str(error))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from cellvisor.controlplane import plug as module
+from cellvisor.controlplane.operations import OpState
 from cellvisor.core.errors import Internal
 from tests.unit.test_hotplug_plug import DISK, Vm, is_empty, run, settle
 
@@ -55,5 +56,29 @@ def test_a_removal_that_ends_late_leaves_the_next_device_of_that_name(monkeypatc
         gone.set()
         await settle()
         assert (list(vm.inventory.devices.values()), vm.config.devices) == ([device], (device,))
+
+    run(work)
+
+
+def test_a_removal_that_the_end_of_the_machine_has_settled_stays_settled() -> None:
+    async def work(vm: Vm) -> None:
+        assert vm.fleet is not None
+        await vm.plug.add("add-disk", DISK)
+        asked, ended = asyncio.Event(), asyncio.Event()
+
+        async def see_out(key: str) -> None:
+            asked.set()
+            await ended.wait()
+            raise Internal("core is gone")
+
+        vm.fleet.see_out = see_out  # type: ignore[method-assign]
+        removing = asyncio.create_task(vm.plug.remove("data"))
+        await asked.wait()
+        vm.events.emit("vm.shutdown")
+        ended.set()
+        with pytest.raises(Internal, match="core is gone"):
+            await removing
+        assert vm.plug.operations.get("data").state is OpState.DONE
+        assert (vm.config.devices, dict(vm.inventory.devices)) == ((), {})
 
     run(work)

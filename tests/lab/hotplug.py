@@ -16,6 +16,7 @@ from cellvisor.ctl.client import Client
 from tests.lab import fio
 from tests.lab.guest import Linux
 
+MOST_PSS = 4096  # KiB that a role's processes may grow by: what is remembered of events and operations fills up
 SECONDS = 180.0  # the lab is slow; on real hardware all of it takes milliseconds
 MIB = 1 << 20
 USUAL = ["00", "01", "02", "03", "04", "05"]  # slots
@@ -109,6 +110,33 @@ class Killer:
     def __exit__(self, *error: object) -> None:
         self._stop.set()
         self._thread.join(60)
+
+
+def footprint(client: Client) -> dict[str, int]:
+    """Count what must not grow: free slots, processes, and descriptors of those that are not a device's."""
+    counted = {"free slots": int(client.call("capacity")["slots"]["free"])}
+    for one in client.call("info", processes=True)["processes"]:
+        counted[one["role"]] = counted.get(one["role"], 0) + 1
+        if one["role"] != "worker":
+            counted[f"{one['role']} fds"] = len(os.listdir(f"/proc/{one['pid']}/fd"))
+    return counted
+
+
+def has_process(key: str) -> bool:
+    """Say whether a device's process is there: one that ends shares memory with the others, whose PSS is less then."""
+    for path in Path("/proc").glob("[0-9]*/comm"):
+        with suppress(OSError):
+            if path.read_text() == f"cv-{key}\n":
+                return True
+    return False
+
+
+def pss(client: Client) -> dict[str, int]:
+    """Return the VM's memory in KiB by role, without guest RAM, which every device that maps it divides anew."""
+    found: dict[str, int] = {}
+    for one in client.call("info", processes=True)["processes"]:
+        found[one["role"]] = found.get(one["role"], 0) + one["pss"] - one["pss_shmem"]
+    return found
 
 
 def slots(guest: Linux) -> list[str]:

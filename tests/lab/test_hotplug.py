@@ -17,6 +17,7 @@ from tests.lab import fio
 from tests.lab.guest import Linux
 from tests.lab.hotplug import (
     MIB,
+    MOST_PSS,
     SECONDS,
     USUAL,
     Shared,
@@ -25,8 +26,11 @@ from tests.lab.hotplug import (
     device,
     disk_in,
     eventually,
+    footprint,
+    has_process,
     is_done,
     outcome,
+    pss,
     remove,
     slots,
     sparse,
@@ -116,14 +120,30 @@ def test_counters(vm: tuple[Linux, Client]) -> None:
         assert after[f"{kind}_ops"] - before[f"{kind}_ops"] >= 64
 
 
-def test_hotplug_loops(vm: tuple[Linux, Client], tmp_path: Path) -> None:
+@pytest.mark.parametrize("turns", [10, pytest.param(100, marks=pytest.mark.slow)])
+def test_hotplug_loops(vm: tuple[Linux, Client], tmp_path: Path, turns: int) -> None:
+    """What the guest lists as PCI devices and as disks agrees with us after each step, and nothing grows."""
     guest, client = vm
     image = sparse(tmp_path / "added.raw")
-    for turn in range(10):
+    look = "lspci | grep -c ^00:06; ls /sys/bus/pci/devices/0000:00:06.0/virtio*/block 2>/dev/null; ls /sys/block"
+    usual = guest.run("ls /sys/block").split()
+
+    def loop(turn: int) -> None:
         assert add(client, path=str(image), id="test0")["bdf"] == "0000:00:06.0", turn
         disk = disk_in(guest, 6)
         guest.run(f"dd if=/dev/zero of=/dev/{disk} bs=64k count=2 conv=fsync 2>/dev/null")
+        assert guest.run(look).split() == ["1", disk, *sorted([*usual, disk])], turn
         remove(client, "test0")
+        assert guest.run(look).split() == ["0", *usual], turn
+
+    loop(0)  # the first has things loaded that stay
+    eventually(lambda: not has_process("test0"), "the end of the first disk's process")
+    before, memory = footprint(client), pss(client)
+    for turn in range(1, turns):
+        loop(turn)
+    eventually(lambda: not has_process("test0") and footprint(client) == before, "the end of all that the loops had")
+    grown = {role: now - memory[role] for role, now in pss(client).items()}
+    assert max(grown.values()) < MOST_PSS, grown
 
 
 def test_hotplug_under_load(vm: tuple[Linux, Client], tmp_path: Path) -> None:

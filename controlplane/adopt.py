@@ -229,10 +229,12 @@ def _take_device(vm: Supervisor, device: Device, life: Life, entry: dict[str, An
     pidfd = core.worker_pidfd(device.id)
     if pidfd is None and forked is not None and state in ("waiting", "greeted"):
         pidfd = os.dup(forked[1])  # on its way to core
-    fleet.take_over(device, life, pidfd=-1 if pidfd is None else pidfd, serving=state == "serving",
-                    pid=int(entry.get("pid") or (forked[0] if forked else 0)))
+    one = fleet.take_over(device, life, pidfd=-1 if pidfd is None else pidfd, serving=state == "serving",
+                          pid=int(entry.get("pid") or (forked[0] if forked else 0)))
 
     async def step() -> None:
+        if entry.get("reset_waits"):  # nobody heard core ask for somebody to finish it
+            fleet.parking.reset_waits(one)
         if life.parked:
             return
         if pidfd is not None:

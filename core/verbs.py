@@ -187,8 +187,8 @@ def _describe(link: Link) -> dict[str, Any]:
         "bdf": f"0000:00:{link.slot:02x}.0", "title": link.spec.title if link.spec else "",
         "state": worker.state.value if worker else "absent", "pid": worker.pid if worker else 0,
         "generation": worker.generation if worker else 0, "active": link.activation is not None,
-        "failure": link.failure, "counters": dict(link.values),
-        "private_version": _private_version(link),
+        "failure": link.failure, "reset_waits": link.pending_reset is not None and not link.alive,
+        "counters": dict(link.values), "private_version": _private_version(link),
     }
 
 

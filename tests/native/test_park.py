@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import struct
+import subprocess
+import sys
 import time
 from fcntl import F_OFD_SETLK, F_WRLCK, fcntl
 from pathlib import Path
@@ -14,9 +16,11 @@ import pytest
 from cellvisor.core.errors import Conflict, NotFound
 from tests.native.conftest import Vm
 from tests.native.guest import needs_kvm
+from tests.native.owned import OwnedVm, wait_for
 from tests.native.steer import Steer, steer
 
 pytestmark = [pytest.mark.kvm, needs_kvm]
+CELLVISOR = str(Path(sys.executable).with_name("cellvisor"))
 LOAD = "test=blk-write reads=30 depth=16 span=8M flush=50 duration_ms=4000 progress_ms=100"
 
 
@@ -128,3 +132,25 @@ def test_a_stranger_who_took_the_lock_is_named_and_nothing_replayed(vm: Vm, disk
         vmm.client.call("restart-device", id="data")
         said = vmm.running.finish().check()
     assert said.number("errors") == 0
+
+
+def test_a_driver_s_reset_that_begins_while_nobody_steers_ends(disk: Path, tmp_path: Path) -> None:
+    status = "2.common+20"  # after the console
+    lines = ["test blk-info", "say ready", "sleep 6000000", f"w8 {status} 0", "say resetting",
+             f"wait8 {status} 0xff 0 60000", "say done"]
+    script = tmp_path / "script"
+    script.write_text("\n".join(lines) + "\n")
+    with OwnedVm(tmp_path, "test=script", [f"path={disk},restart_budget=0,id=data"], "--initramfs", str(script)) as vm:
+        vm.running.wait_for("say=ready")
+        os.kill(vm.pids("worker", "data")[0], signal.SIGKILL)
+        vm.wait_event("device.parked")
+        nursery, = vm.pids("nursery")
+        os.kill(nursery, signal.SIGSTOP)  # it must not start a successor
+        vm.kill_controlplane()
+        os.kill(nursery, signal.SIGKILL)
+        assert "resetting" not in vm.running.text
+        wait_for(lambda: "say=resetting" in vm.running.text, "the guest")
+        with subprocess.Popen([CELLVISOR, "adopt", "web"], env=vm.environ, stderr=subprocess.DEVNULL) as successor:
+            vm.wait_event("device.drained")
+            assert "say=done" in vm.finish().text
+            assert successor.wait(10) == 0

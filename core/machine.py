@@ -310,6 +310,8 @@ class Machine:
             self._resume_workers()
             self._run_all()
         self._server.event("vm.rebooted")
+        if was_paused:  # who heard of the reboot would take it for running
+            self._server.event("vm.paused")
         done(None)
 
     # ---- waiting for workers

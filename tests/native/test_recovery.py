@@ -104,6 +104,19 @@ def test_a_successor_stays_quiet_while_the_vm_is_paused(vm: Vm, disk: Path) -> N
     assert said.number("errors") == 0
 
 
+def test_a_reset_of_a_paused_vm_leaves_it_paused(vm: Vm, disk: Path) -> None:
+    with steer(vm, f"{LOAD} duration_ms=1000", disks=[disk]) as vmm:
+        vmm.running.wait_for("progress=")
+        vmm.client.call("pause")
+        vmm.client.call("reset")
+        info = vmm.client.call("info")
+        assert (info["state"], info["core"]["state"]) == ("Paused", "paused")
+        vmm.client.call("resume")
+        assert vmm.client.call("info")["state"] == "Running"
+        said = vmm.running.finish().check()
+    assert said.text.count("test=blk-write") == 2
+
+
 def _is_writing(vmm: Steer, boots: int) -> bool:
     """Tell whether the guest has come to write in the latest of so many boots."""
     parts = vmm.running.text.split("test=blk-write")[1:]

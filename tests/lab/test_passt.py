@@ -37,7 +37,7 @@ echo "ip=$ip router=$router mtu=$mtu" >/tmp/lease
 @pytest.fixture(scope="module")
 def vm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Linux, Client]]:
     """A guest with one card on passt, and its VM, in a network namespace of their own."""
-    card = "id=net0,restart_budget=1000000,restart_backoff=[0]"
+    card = f"id=net0,forward=[tcp:{PORT + 1}:22],restart_budget=1000000,restart_backoff=[0]"
     with netns.namespace():
         make_route()
         with Linux("cloud", args=["--net", card], files={"bin/lease": SCRIPT.encode()}) as guest:
@@ -105,6 +105,17 @@ def test_an_address_by_dhcp_and_tcp_both_ways(vm: tuple[Linux, Client], server: 
     assert guest.run("cat /sys/class/net/eth0/mtu").strip() == str(MTU)
     converse(guest, server, digest)
     assert helper(client)["device"] == "net0"
+
+
+def test_a_port_of_the_host_leads_to_the_guest(vm: tuple[Linux, Client], digest: str) -> None:
+    guest, _ = vm
+    guest.run("(echo of the guest; exec sleep 1000) | nc -l -p 22 >/tmp/got &")
+    eventually(lambda: guest.try_run("netstat -ltn | grep -q ':22 '").status == 0, "who listens")
+    with socket.create_connection(("127.0.0.1", PORT + 1), 300) as conversation:
+        conversation.sendall(b"of the host\n")  # Debian 12's passt lets nobody speak before who connects
+        assert conversation.makefile("rb").readline() == b"of the guest\n"
+        eventually(lambda: guest.run("cat /tmp/got") == "of the host\n", "what was sent")
+    guest.run("killall nc sleep; true")
 
 
 def test_tcp_carries_on_through_kills_of_the_card(

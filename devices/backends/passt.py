@@ -43,6 +43,7 @@ class Passt(Tap):
         self._room = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
         self._frame = bytearray(HEADER_SIZE + LONGEST)  # its first bytes stay 0: the guest's header
         self._starts, self._starting = 0, False
+        self._pending = 0  # bytes of a frame that was read and is still in the socket
 
     @property
     def mtu(self) -> int:
@@ -55,7 +56,11 @@ class Passt(Tap):
         pass
 
     def read(self, views: Sequence[memoryview]) -> int:
-        """Read a frame behind a header of zeros; returns 0 if none is there as a whole."""
+        """Read a frame behind a header of zeros; returns 0 if none is there as a whole.
+
+        It stays in the socket until taken(), or until the next one is read: a successor would read it again.
+        """
+        self.taken()
         waiting = self._count(termios.FIONREAD)
         if waiting < LENGTH.size:
             return 0
@@ -63,10 +68,11 @@ class Passt(Tap):
         if waiting < LENGTH.size + size and size <= LONGEST:
             return 0
         at = HEADER_SIZE - LENGTH.size
-        taken = self._socket.recv_into(memoryview(self._frame)[at:HEADER_SIZE + size])
-        if taken != LENGTH.size + size or size < SHORTEST:
+        got = self._socket.recv_into(memoryview(self._frame)[at:HEADER_SIZE + size], 0, socket.MSG_PEEK)
+        if got != LENGTH.size + size or size < SHORTEST:
             self._hang_up()  # it speaks of no frame
             return 0
+        self._pending = got
         self._frame[at:HEADER_SIZE] = bytes(LENGTH.size)
         left = memoryview(self._frame)[:HEADER_SIZE + size]
         for view in views:
@@ -74,6 +80,12 @@ class Passt(Tap):
             view[:part] = left[:part]
             left = left[part:]
         return HEADER_SIZE + int(size) - len(left)
+
+    def taken(self) -> None:
+        if self._pending:  # its pages are there by now, so no signal ends the call half-way
+            pending, self._pending = self._pending, 0
+            self._socket.recv_into(self._frame, pending)
+            self._frame[:HEADER_SIZE] = bytes(HEADER_SIZE)
 
     def write(self, views: Sequence[memoryview]) -> bool:
         """Write a frame without its header; False if there is no room now."""
@@ -92,6 +104,7 @@ class Passt(Tap):
             waiting = self._count(termios.FIONREAD)  # a flood must not keep us
             while waiting > 0 and (size := self.read([scratch])):
                 waiting -= LENGTH.size + size - HEADER_SIZE
+            self.taken()
 
     def lost(self, host: Any, found: Callable[[], None]) -> None:
         """It has ended: start another one, now or later, then call `found`."""
@@ -114,6 +127,7 @@ class Passt(Tap):
                 fresh.setblocking(False)
                 passtdaemon.keep(host, fresh, pidfd)
                 os.dup2(fresh.fileno(), self.fd, inheritable=False)
+                self._pending = 0
             host.backend("found", f"another {NAME} was started")
             self._starting = False
             found()

@@ -75,6 +75,9 @@ class Tap:
                 raise
             return 0
 
+    def taken(self) -> None:
+        """What read() gave needs not be kept any longer."""
+
     def write(self, views: Sequence[memoryview]) -> bool:
         """Write a frame with its header; False if there is no room now."""
         try:

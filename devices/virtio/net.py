@@ -250,6 +250,7 @@ class Net(DeviceBase):
                     self._deliver(pair, queue, size, self._scratch[:max(0, size - first.writable_size)])
             if not size:
                 return
+            pair.tap.taken()
 
     def _takes(self, views: list[memoryview]) -> bool:
         if self._orders.filter.is_open:

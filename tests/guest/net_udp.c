@@ -84,10 +84,10 @@ static void send(uint64_t number, uint32_t size, unsigned port)
 }
 
 /* test=net-udp: one datagram after the other from `ip=` to `host=` `port=`, until `count=`(100) came back or the host
-   answers with number 0; `bs=`(256) bytes with all headers. What is not back after `patience_ms=`(300) is lost; a doubled one fails. */
+   answers with number 0; `bs=`(256) bytes with all headers. What is not back after `patience_ms=`(300) is lost. */
 void test_net_udp(void)
 {
-    uint64_t count = param_number("count", 100), back = 0, lost = 0, sent = 0;
+    uint64_t count = param_number("count", 100), back = 0, lost = 0, sent = 0, doubled = 0;
     uint64_t patience = param_number("patience_ms", 300);
     uint32_t size = (uint32_t)param_number("bs", 256), length;
     unsigned port = (unsigned)param_number("port", 7);
@@ -115,7 +115,10 @@ void test_net_udp(void)
                 break;
             }
             require(one->number <= sent, "datagram %lu came, it was never sent", one->number);
-            require(!(seen[one->number / 8] >> one->number % 8 & 1), "datagram %lu came twice", one->number);
+            if (seen[one->number / 8] >> one->number % 8 & 1) {
+                doubled++;
+                continue;
+            }
             seen[one->number / 8] |= (uint8_t)(1 << one->number % 8);
             lost -= one->number != sent;                /* it was given up too early */
             here_again = one->number == sent;
@@ -124,5 +127,5 @@ void test_net_udp(void)
         if (sent % 16 == 0)
             print("back=%lu\n", back);
     }
-    print("sent=%lu\nreceived=%lu\nlost=%lu\n", sent, back, lost);
+    print("sent=%lu\nreceived=%lu\nlost=%lu\ndoubled=%lu\n", sent, back, lost, doubled);
 }

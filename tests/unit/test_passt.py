@@ -58,6 +58,22 @@ def test_frames_come_whole_or_not_at_all(ends: tuple[Passt, socket.socket]) -> N
     assert seen == [HEADER + frame for frame in frames]
 
 
+def test_a_frame_that_was_not_taken_is_the_successor_s(ends: tuple[Passt, socket.socket]) -> None:
+    one, theirs = ends
+    theirs.sendall(message(b"x" * 60) + message(b"y" * LONGEST) + message(b"z" * 60))
+    assert read(one) == HEADER + b"x" * 60
+    for wanted in (b"x" * 60, b"y" * LONGEST, b"z" * 60):
+        for _ in range(2):
+            with contextlib.closing(Passt(os.dup(one.fd))) as successor:
+                assert read(successor, 5) == HEADER + wanted
+        with contextlib.closing(Passt(os.dup(one.fd))) as successor:
+            assert read(successor) == HEADER + wanted
+            successor.taken()
+            successor.taken()
+    with contextlib.closing(Passt(os.dup(one.fd))) as successor:
+        assert read(successor) == b""
+
+
 @pytest.mark.parametrize("size", [0, 13, LONGEST + 1, 0xFFFFFFFF])
 def test_a_length_that_makes_no_sense_ends_the_connection(ends: tuple[Passt, socket.socket], size: int) -> None:
     one, theirs = ends

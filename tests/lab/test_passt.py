@@ -62,8 +62,8 @@ def converse(guest: Linux, server: socket.socket, digest: str,
              meanwhile: AbstractContextManager[Any] | None = None) -> None:
     """Have the guest send its file to the gateway, send it back, and compare both.
 
-    `meanwhile` begins when the connection stands and ends before it is closed: Debian 12's passt sends again what is
-    lost of the data, not of the rest. To a guest that has closed its half it repeats what comes, so that stays open.
+    `meanwhile` is what happens while the connection stands: Debian 12's passt waits in vain for a lost end of its
+    handshake. To a guest that has closed its half it repeats what comes, so that stays open.
     """
     guest.run(f"(cat /tmp/data; exec sleep 1000) | nc {GATEWAY} {PORT} >/tmp/back 2>/tmp/nc.log &")
     conversation, _ = server.accept()

@@ -142,10 +142,12 @@ class Nurseries:
         """Return the nursery that the next process of a device comes from."""
         number = self.homes.get(device, self.present)
         if number not in self._links:
-            number = self.present
+            number, is_tried = self.present, False
             while number not in self._links:
-                if self._stopping or self._replacing is None or self._replacing.done():
-                    raise Internal(f"{device}: there is no nursery", hint="see cellvisor events")
+                if self._replacing is None or self._replacing.done():
+                    if self._stopping or is_tried:
+                        raise Internal(f"{device}: there is no nursery", hint="see cellvisor events")
+                    self._replacing, is_tried = self._loop.create_task(self._replace()), True
                 await asyncio.shield(self._replacing)
                 number = self.present
         return number
@@ -157,7 +159,6 @@ class Nurseries:
         if self._stopping or not self._core.is_alive():
             return  # it does what it should
         child = self._processes[number]
-        child.kill()
         self._forget(number)
         self.homes = {device: home for device, home in self.homes.items() if home != number}
         if number != self.present:
@@ -194,6 +195,7 @@ class Nurseries:
         if link is not None:
             link.close()
         if child is not None:
+            child.kill()
             child.close()
         with contextlib.suppress(OSError):
             os.unlink(self._path(number))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +19,7 @@ from cellvisor.controlplane.nurseries import Nurseries
 from cellvisor.controlplane.nurserylink import NurseryLink
 from cellvisor.controlplane.processes import Child
 from cellvisor.controlplane.rundir import RunDir
+from cellvisor.core.errors import Internal
 from tests.unit.test_recovery_fleet import Vm
 
 LONG = 20.0
@@ -49,10 +53,11 @@ class Place:
         return str(self.path / name)
 
 
-def make(path: Path) -> Nurseries:
-    def launch(number: int) -> Child:
-        raise OSError(f"no nursery {number}")
+def fail(number: int) -> Child:
+    raise OSError(f"no nursery {number}")
 
+
+def make(path: Path, launch: Callable[[int], Child] = fail) -> Nurseries:
     return Nurseries(launch, Child("core", 0, -1), cast("RunDir", Place(path)), EventLog(), lambda *about: None,
                      list, lambda: None)
 
@@ -88,4 +93,49 @@ def test_a_nursery_that_dies_while_adopted_leaves_nothing(tmp_path: Path, monkey
     monkeypatch.setattr(module, "NurseryLink", Link)
     monkeypatch.setattr(module, "REPLACE_DELAYS", (0.0,))
     (tmp_path / "nursery.sock").touch()
+    asyncio.run(run())
+
+
+def test_a_nursery_that_is_given_up_while_it_starts_is_killed(tmp_path: Path) -> None:
+    async def run() -> None:
+        ready, sink = os.pipe2(os.O_CLOEXEC)
+        with subprocess.Popen(["sleep", "60"]) as process:
+            try:
+                child = Child("nursery", process.pid, os.pidfd_open(process.pid), ready, process)
+                nurseries = make(tmp_path, lambda number: child)
+                starting = asyncio.create_task(nurseries.start())
+                await asyncio.sleep(0)
+                starting.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await starting
+                assert process.returncode == -signal.SIGKILL
+                assert nurseries.pids() == []
+            finally:
+                process.kill()
+                os.close(sink)
+
+    asyncio.run(run())
+
+
+def test_who_wants_a_process_when_no_nursery_could_be_started_has_it_tried_again(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        vm, nurseries, link = Vm(), make(tmp_path), Link("")
+        fleet = Fleet(cast("Any", vm), nurseries, vm.events, "/nowhere")
+        await asyncio.wait_for(nurseries.find(0, {}), LONG)
+        with pytest.raises(Internal, match="data: there is no nursery"):
+            await asyncio.wait_for(fleet.start(vm.device), LONG)
+
+        async def start() -> int:
+            nurseries._links[7] = cast("NurseryLink", link)
+            nurseries._processes[7] = Child("nursery", 0, -1)
+            return 7
+
+        monkeypatch.setattr(nurseries, "start", start)
+        monkeypatch.setattr(nurseries, "ward", lambda: None)
+        await asyncio.wait_for(fleet.start(vm.device), LONG)
+        assert link.forked == ["data/2"]
+
+    Link.made = []
+    monkeypatch.setattr(module, "REPLACE_DELAYS", (0.0,))
     asyncio.run(run())

@@ -1,39 +1,14 @@
-"""fio for guests, which have only busybox: the program with its libraries on a read-only disk."""
+"""What fio does in guests; programs.py brings it there."""
 
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
 
-from tests.debian import need
 from tests.lab.guest import Linux
+from tests.lab.programs import LOADER
 
-PLACE = "/fio"
-LOADER = "ld-linux-x86-64.so.2"
 # Writes, reads back and compares every block; the first wrong byte or failed request ends it with an error.
 VERIFY = "--direct=1 --ioengine=libaio --bs=4k --verify=crc32c --verify_fatal=1 --do_verify=1"
-
-
-def make(path: Path) -> Path:
-    """Make an ext4 image of this machine's fio (some 100 MiB, for Debian's is linked with Ceph and Gluster)."""
-    program = need("fio", "fio")
-    needed = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
-    with tempfile.TemporaryDirectory(prefix="fio-") as folder:
-        for file in (program, *re.findall(r"(/\S+) \(0x", needed)):
-            shutil.copy(file, folder)
-        subprocess.run([need("mke2fs", "e2fsprogs"), "-q", "-t", "ext4", "-O", "^has_journal", "-d", folder,
-                        str(path), "160M"], check=True, stdout=subprocess.DEVNULL)
-    return path
-
-
-def install(guest: Linux, device: str) -> None:
-    """Make `fio` a command of the guest; the image is its disk `device`."""
-    run = f"{PLACE}/{LOADER} --library-path {PLACE} {PLACE}/fio"
-    guest.run(f"mkdir {PLACE} && mount -t ext4 -o ro /dev/{device} {PLACE}")
-    guest.run(f"printf '#!/bin/sh\\nexec {run} \"$@\"\\n' >/bin/fio && chmod +x /bin/fio && fio --version")
 
 
 def load(guest: Linux, disk: str) -> None:
@@ -45,7 +20,7 @@ def load(guest: Linux, disk: str) -> None:
 
 def ended_with_an_error(guest: Linux) -> bool:
     """Wait for load() to end, as it does when its disk goes, and tell whether it says so."""
-    guest.run("while pidof ld-linux-x86-64.so.2 >/dev/null; do sleep 0.1; done")
+    guest.run(f"while pidof {LOADER} >/dev/null; do sleep 0.1; done")
     return re.search(r"err= *[1-9]|error=", guest.run("cat /tmp/fio.log")) is not None
 
 

@@ -164,9 +164,10 @@ class Linux:
             raise ValueError("the agent reads one line at a time")
         nonce = f"{next(self._nonces)}.{os.getpid()}"
         self.type(f"{nonce} {command}\n")
-        pattern = re.compile(rb"(.*?)@@" + re.escape(nonce.encode()) + rb" (\d+)\r?\n", re.DOTALL)
+        pattern = re.compile(b"@@" + re.escape(nonce.encode()) + rb" (\d+)\r?\n")
         found = self._read_until(pattern, time.monotonic() + timeout, repr(command))
-        return Result(int(found[2]), found[1].decode(errors="replace").replace("\r\n", "\n"))
+        before = found.string[:found.start()]
+        return Result(int(found[1]), before.decode(errors="replace").replace("\r\n", "\n"))
 
     def type(self, text: str) -> None:
         """Send text to the agent's console as it is."""

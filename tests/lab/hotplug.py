@@ -13,7 +13,7 @@ from typing import Any
 
 from cellvisor.core.errors import CellvisorError
 from cellvisor.ctl.client import Client
-from tests.lab import fio
+from tests.lab import programs
 from tests.lab.guest import Linux
 
 MOST_PSS = 4096  # KiB that a role's processes may grow by: what is remembered of events and operations fills up
@@ -154,9 +154,10 @@ def disk_in(guest: Linux, slot: int) -> str:
 def usual(folder: Path, tools: bool = False, args: Sequence[str] = ()) -> Linux:
     """Console, three disks and the rng: the next slot is 6, as in Cloud Hypervisor's usual VM.
 
-    With `tools` the first disk has fio on it, and fio.install() is the caller's to do.
+    With `tools` the first disk has fio on it, and programs.install() is the caller's to do.
     """
-    first = f"path={fio.make(folder / 'fio.img')},readonly=on" if tools else f"path={sparse(folder / 'disk0.raw')}"
+    first = (f"path={programs.make(folder / 'fio.img', 'fio')},readonly=on" if tools
+             else f"path={sparse(folder / 'disk0.raw')}")
     more = [f"path={sparse(folder / f'disk{number}.raw')}" for number in (1, 2)]
     return Linux("cloud", disks=[first, *more], args=args)
 
@@ -177,7 +178,7 @@ class Shared:
             guest = usual(self._folder, tools=True, args=self._args)
             guest.__enter__()
             try:
-                fio.install(guest, "vda")
+                programs.install(guest, "vda", "fio")
                 self._running = guest, client_of(guest)
             except BaseException:
                 guest.close()

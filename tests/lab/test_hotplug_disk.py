@@ -13,6 +13,7 @@ from cellvisor.ctl.client import Client
 from tests.lab import fio
 from tests.lab.guest import Linux
 from tests.lab.hotplug import MIB, Shared, add, disk_in, eventually, is_done, remove, sparse
+from tests.lab.programs import LOADER
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
 
@@ -96,7 +97,7 @@ def busy(guest: Linux, client: Client, **options: Any) -> None:
 
 
 def leave(guest: Linux, client: Client, *keys: str) -> None:
-    guest.run("kill $(pidof ld-linux-x86-64.so.2); while pidof ld-linux-x86-64.so.2 >/dev/null; do sleep 0.1; done")
+    guest.run(f"kill $(pidof {LOADER}); while pidof {LOADER} >/dev/null; do sleep 0.1; done")
     for key in keys:
         remove(client, key)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cellvisor.ctl.client import Client
-from tests.lab import fio
+from tests.lab import fio, programs
 from tests.lab.guest import Linux
 from tests.lab.hotplug import MIB, client_of, device, eventually, sparse
 
@@ -43,10 +43,10 @@ def _strike(client: Client, what: str) -> None:
 def test_fio_verifies_through_kills_hangs_and_upgrades(tmp_path: Path) -> None:
     strikes = ["kill"] * KILLS + ["hang"] * HANGS + ["upgrade"] * UPGRADES
     random.Random(SEED).shuffle(strikes)
-    disks = [f"path={fio.make(tmp_path / 'fio.img')},readonly=on",
+    disks = [f"path={programs.make(tmp_path / 'fio.img', 'fio')},readonly=on",
              f"path={sparse(tmp_path / 'data.raw', 32 * MIB)},id=data,{CARE}"]
     with Linux("cloud", disks=disks) as guest, client_of(guest) as client:
-        fio.install(guest, "vda")
+        programs.install(guest, "vda", "fio")
         fio.verify_until_told(guest, "vdb")
         for what in strikes:
             _strike(client, what)

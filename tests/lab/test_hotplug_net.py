@@ -17,10 +17,10 @@ from cellvisor.ctl.client import Client
 from tests.fakes import ch_remote
 from tests.lab.guest import Linux
 from tests.lab.hotplug import MIB, Killer, add, client_of, device, eventually, is_done, remove, sparse
+from tests.lab.net import CARE, MAC, configure
 from tests.native import netns
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
-MAC = "52:54:00:12:34:%02d"
 SIZE = 6 * MIB
 
 
@@ -29,8 +29,7 @@ def vm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Linux, Client
     """A guest with console, two disks, one card and the rng, and its VM, in a network namespace of their own."""
     folder = tmp_path_factory.mktemp("guest")
     disks = [f"path={sparse(folder / f'disk{number}.raw')}" for number in (0, 1)]
-    card = (f"tap=chtap0,ip=10.88.0.1,mask=255.255.255.0,mac={MAC % 1},id=net0,"
-            "restart_budget=1000000,restart_backoff=[0]")
+    card = f"tap=chtap0,ip=10.88.0.1,mask=255.255.255.0,mac={MAC % 1},id=net0,{CARE}"
     with netns.namespace(), Linux("cloud", disks=disks, args=["--net", card]) as guest:
         subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
         client = client_of(guest)
@@ -42,15 +41,6 @@ def vm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Linux, Client
 
 def links(guest: Linux) -> int:
     return len(guest.run("ip -o link").splitlines())
-
-
-def configure(guest: Linux, card: int) -> None:
-    """Give the card with this number its address; the host is 10.88.card.1."""
-    guest.run("modprobe virtio_net")
-    find = f"grep -l {MAC % (card + 1)} /sys/class/net/*/address | cut -d/ -f5"
-    name = eventually(lambda: guest.try_run(find).output.strip(), f"card {card}")
-    guest.run(f"ip addr add 10.88.{card}.2/24 dev {name} && ip link set {name} up")
-    eventually(lambda: guest.try_run(f"ping -c 1 -W 5 10.88.{card}.1").status == 0, "an answer to a ping")
 
 
 def test_net_hotplug(vm: tuple[Linux, Client]) -> None:

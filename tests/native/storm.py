@@ -65,16 +65,17 @@ class Children:
 class Storm:
     """Kills the process `pid`, a child of `nursery`, and whoever follows it there. `alive` tells of the VM.
 
-    A share of `early` is killed within 20 ms, the others after `shortest` to `longest` seconds.
+    A share of `early` is killed within 20 ms, the others after `shortest` to `longest` seconds. Between two looks
+    for a successor it sleeps for `rest` seconds.
     """
 
     def __init__(self, nursery: int, pid: int, seed: int, alive: Callable[[], bool], *, early: float = EARLY,
-                 shortest: float = 0.02, longest: float = 0.15) -> None:
+                 shortest: float = 0.02, longest: float = 0.15, rest: float = 0.0005) -> None:
         self._children = Children(nursery)
         self._others = set(self._children.pids()) - {pid}
         self._random = random.Random(seed)
         self._alive = alive
-        self._early, self._shortest, self._longest = early, shortest, longest
+        self._early, self._shortest, self._longest, self._rest = early, shortest, longest, rest
         self._last = 0
 
     def blow(self, kills: int) -> Iterator[int]:
@@ -114,7 +115,7 @@ class Storm:
             if now > look_again:
                 look_again = now + 0.5
                 self._children.forget()
-            time.sleep(0.0005)
+            time.sleep(self._rest)
 
 
 def stop_load(disk: Path) -> None:

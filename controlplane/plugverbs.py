@@ -28,9 +28,10 @@ def table(vm: Supervisor) -> dict[str, Handler]:
         async def add(args: dict[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
             want = wanted(verb, args, fds)
             with contextlib.ExitStack() as stack:
-                held = [os.dup(fd) for fd in fds]  # whoever sent them may be gone while we wait
-                for fd in held:
-                    stack.callback(os.close, fd)
+                held = []
+                for fd in fds:  # whoever sent them may be gone while we wait
+                    held.append(os.dup(fd))
+                    stack.callback(os.close, held[-1])
                 device = await vm.plug.add(verb, want, fds=held)
             operation = vm.plug.operations.latest(device.id, "add")
             return {"id": device.id, "bdf": device.bdf, "operation": operation.id if operation else "",

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+import errno
+import os
+from typing import Any, cast
 
 import pytest
 
 from cellvisor.controlplane import plug as module
+from cellvisor.controlplane import plugverbs
 from cellvisor.controlplane.operations import OpState
+from cellvisor.controlplane.supervisor import Supervisor
 from cellvisor.core.errors import Internal
 from tests.unit.test_hotplug_plug import DISK, Vm, is_empty, run, settle
 
@@ -82,3 +86,24 @@ def test_a_removal_that_the_end_of_the_machine_has_settled_stays_settled() -> No
         assert (vm.config.devices, dict(vm.inventory.devices)) == ((), {})
 
     run(work)
+
+
+def test_descriptors_that_cannot_all_be_kept_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(vm: Vm) -> None:
+        add = plugverbs.table(cast("Supervisor", vm))["add-net"]
+        with pytest.raises(OSError, match="Too many open files"):
+            await add({}, [0, 0, 0])
+
+    real, made = os.dup, list[int]()
+
+    def dup(fd: int) -> int:
+        if len(made) == 2:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        made.append(real(fd))
+        return made[-1]
+
+    monkeypatch.setattr(plugverbs.os, "dup", dup)
+    run(work)
+    for fd in made:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)

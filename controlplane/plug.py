@@ -32,6 +32,7 @@ GUEST_TIMEOUT = 30.0  # seconds until a guest that does nothing about it is call
 END_TIMEOUT = 5.0
 ADD = "add"  # how the verbs that add begin
 INSERT_EVENTS = (0, 1)
+SLOW = ("ejected", "gone", "unplugged")  # states of a slot whose device is to be put away
 
 
 class Plug:
@@ -298,8 +299,10 @@ class Plug:
         pending = {one.device: one for one in self.operations.listed() if not one.is_over}
         entries = (await self._core().request(CoreVerb.DEVICES)).get("devices", ())
         slots = {str(entry.get("device")): str(entry.get("plug")) for entry in entries}
-        for key, device in list(self._vm.inventory.devices.items()):
-            await self._adopt(device, slots.get(key, ""), pending.pop(key, None))
+        known = list(self._vm.inventory.devices.values())
+        known.sort(key=lambda device: slots.get(device.id) in SLOW)  # they wait, and events come of the others
+        for device in known:
+            await self._adopt(device, slots.get(device.id, ""), pending.pop(device.id, None))
         for operation in pending.values():  # their devices are gone
             if operation.verb.startswith(ADD):
                 self.pending.end(operation, OpState.REFUSED, "the controlplane died before the guest was told")

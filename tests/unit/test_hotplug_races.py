@@ -11,6 +11,7 @@ import pytest
 
 from cellvisor.controlplane import plug as module
 from cellvisor.controlplane import plugverbs
+from cellvisor.controlplane.inventory import Wanted
 from cellvisor.controlplane.operations import OpState
 from cellvisor.controlplane.supervisor import Supervisor
 from cellvisor.core.errors import Internal
@@ -107,3 +108,27 @@ def test_descriptors_that_cannot_all_be_kept_are_let_go(monkeypatch: pytest.Monk
     for fd in made:
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(fd)
+
+
+def test_what_the_guest_does_while_a_successor_settles_other_devices_is_heard() -> None:
+    async def work(vm: Vm) -> None:
+        assert vm.core is not None
+        plain = vm.core.request
+
+        async def request(verb: str, timeout: float = 0, /, **args: Any) -> dict[str, Any]:
+            if verb == "detach":
+                vm.says("slot.enumerated", "later", how="ost")
+            return await plain(verb, timeout, **args)
+
+        vm.core.request = request  # type: ignore[method-assign]
+        vm.inventory.add([DISK, Wanted("add-disk", "disk", "path=/y,id=later")])
+        vm.core.slots = {"data": "ejected", "later": "inserting"}
+        vm.plug.operations.begin("add-disk", "later", "")
+        kept = vm.plug.as_state()
+        vm.plug.operations._kept.clear()
+        await vm.plug.adopt(kept)
+        assert vm.plug.operations.get("later").state is OpState.DONE
+        assert list(vm.inventory.devices) == ["later"]
+        assert not vm.plug.pending.timers
+
+    run(work)

@@ -35,6 +35,7 @@ class Passt(Tap):
     """A passt process in a tap's place; owns `fd`. epoll tells of its end, or of a stream that makes no sense."""
 
     offloads = False
+    repeats = True
 
     def __init__(self, fd: int, mtu: int | None = None, arguments: Sequence[str] = ()) -> None:
         self.fd, self.name, self.takes_several, self._mtu, self._arguments = fd, NAME, False, mtu, arguments

@@ -27,6 +27,7 @@ class Tap:
     """An open queue; owns `fd`. Every failure of I/O is an OSError."""
 
     offloads: ClassVar[bool] = True  # it takes unfinished frames
+    repeats: ClassVar[bool] = False  # a frame whose process dies goes again, maybe twice then; else it may be lost
 
     def __init__(self, fd: int, given: str) -> None:
         """Take over `fd`. Raises UsageError, with `given` as the key and value to blame, if it is no tap's."""

@@ -197,8 +197,8 @@ class Net(DeviceBase):
                 if not limits.idle and (wait := limits.take(max(0, chain.readable_size - net.HEADER.size))):
                     self._waits.begin(2 * pair.index + 1, wait)
                     return
-                # Before anything else touches it: whatever kills us from here on, it is not run again.
-                queue.sending(chain)
+                # Before anything else touches it: whatever kills us from here on, it is known what becomes of it.
+                (queue.begin if pair.tap.repeats else queue.sending)(chain)
                 pair.marked = chain
             if not self._transmit(pair, chain):
                 return

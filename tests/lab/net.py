@@ -46,6 +46,8 @@ class Counts:
 
     received: int  # bytes
     sent: int
+    came: int      # frames: a tap counts them when the card has read them, and a guest when its card is done with them
+    went: int
     dropped: int   # frames to send that the interface had no room for
     protocols: dict[str, int]  # of /proc/net/snmp, like "Udp:InErrors"
 
@@ -71,7 +73,7 @@ class Counts:
         lines = [line.split() for line in protocols.splitlines()]
         said = {names[0] + key: int(value) for names, values in zip(lines[::2], lines[1::2], strict=True)
                 for key, value in zip(names[1:], values[1:], strict=True)}
-        return cls(numbers[0], numbers[8], numbers[11], said)
+        return cls(numbers[0], numbers[8], numbers[1], numbers[9], numbers[11], said)
 
 
 class Capture:

@@ -140,15 +140,15 @@ def ascending(numbers: list[int]) -> bool:
 
 @pytest.mark.parametrize("kills", [5, pytest.param(100, marks=pytest.mark.slow)])
 def test_datagrams(card: Card, kills: int) -> None:
-    """Between guest and tap, seen at the tap and by iperf3 in the guest; what had no room beside them is counted."""
+    """Numbers are seen at the tap and by iperf3 in the guest; both kernels count what the card took and gave."""
     guest, host = Counts.of_guest(card.guest, card.name), Counts.of_host(TAP)
     with Capture(TAP, SIZE) as capture:
         for blows, said in runs(card, "both", kills, DATAGRAMS):
             came, went = capture.take()
             sent, got = said.datagrams("guest", sender=True), said.datagrams("guest", sender=False)
             new_guest, new_host = Counts.of_guest(card.guest, card.name), Counts.of_host(TAP)
-            unsent = new_guest.since(guest, "Udp:SndbufErrors")
-            refused = new_host.dropped - host.dropped + new_guest.since(guest, "Udp:InErrors")
+            took = new_guest.went - guest.went, new_host.went - host.went
+            gave = new_host.came - host.came, new_guest.came - guest.came
             guest, host = new_guest, new_host
 
             assert ascending(came)
@@ -157,8 +157,8 @@ def test_datagrams(card: Card, kills: int) -> None:
             assert not got["out_of_order"]
             assert came[-1] <= sent["packets"]
             assert min(len(came), got["packets"] - got["lost_packets"]) > 10 * blows.kills
-            lost = sent["packets"] - len(came), got["lost_packets"]
-            assert 0 <= lost[0] <= blows.kills + unsent
-            assert 0 <= lost[1] <= blows.kills + refused
-            print(f"UDP, {blows.kills} kills: of {sent['packets']} datagrams out {lost[0]} lost, {unsent} of them not "
-                  f"sent, of {got['packets']} in {lost[1]}, {refused} of them for want of room; none twice or late")
+            lost = took[0] - gave[0], took[1] - gave[1]  # by the card; on a slow machine others lose some, too
+            assert max(lost) <= blows.kills
+            print(f"UDP, {blows.kills} kills: of {took[0]} frames out {lost[0]} lost, of {took[1]} in {lost[1]}; of "
+                  f"{sent['packets']} datagrams out {sent['packets'] - len(came)} did not come, of {got['packets']} in "
+                  f"{got['lost_packets']}; none twice or late")

@@ -123,6 +123,8 @@ class ZmqLink:
                     return
                 while sock.poll(1000):
                     event = unpack(sock.recv_multipart()[-1])
+                    if event["seq"] > seen + 1:
+                        break  # the subscription stood only after the one before, which is kept
                     if event["seq"] > seen:
                         seen = event["seq"]
                         yield event

@@ -15,8 +15,8 @@ Kept = list[tuple[str, str, int]]  # device, name, descriptor
 
 def give(core: CoreLink, device: Device, fds: Sequence[int]) -> None:
     """Put `fds`, which stay the caller's, into the store. Raises UsageError for one that is not open, Internal."""
+    check(device, fds)
     for index, fd in enumerate(fds):
-        check(device, [fd])
         core.deposit(device.id, f"fd{index}", fd)
 
 

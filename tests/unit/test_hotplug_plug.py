@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from cellvisor.controlplane import plugverbs
+from cellvisor.controlplane import descriptors, plugverbs
 from cellvisor.controlplane.config import Cpus, Memory, Payload, Serial, VmConfig
 from cellvisor.controlplane.events import EventLog
 from cellvisor.controlplane.inventory import Device, Inventory, Wanted
@@ -370,3 +371,11 @@ def test_what_verbs_are_given() -> None:
                        ("add-virtio", {"type": 3})):
         with pytest.raises(UsageError):
             plugverbs.wanted(verb, args)
+
+
+def test_one_descriptor_that_is_not_open_leaves_none_of_them_in_core() -> None:
+    given: list[str] = []
+    core = cast("Any", SimpleNamespace(deposit=lambda device, name, fd: given.append(name)))
+    with pytest.raises(UsageError, match="lan: fd=999: Bad file descriptor"):
+        descriptors.give(core, Device("lan", "net", "net", 4, {}), [0, 999])
+    assert given == []

@@ -11,13 +11,15 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from cellvisor.controlplane import ratelimit
+from cellvisor.controlplane import descriptors, ratelimit
 from cellvisor.controlplane.consoles import Consoles
 from cellvisor.controlplane.corelink import CoreLink
 from cellvisor.controlplane.fleet import Fleet
+from cellvisor.controlplane.incarnation import READY_TIMEOUT
 from cellvisor.core.wire.messages import CoreVerb
 
 if TYPE_CHECKING:
+    from cellvisor.controlplane.inventory import Device
     from cellvisor.controlplane.supervisor import Supervisor
 
 CORE_TIMEOUT = 60.0  # loading a big kernel and prefaulting guest RAM take their time
@@ -73,3 +75,18 @@ async def finish(vm: Supervisor, core: CoreLink, consoles: Consoles) -> None:
     if vm.state == "Created":
         vm.state = "Running"
     asyncio.get_running_loop().add_signal_handler(signal.SIGWINCH, consoles.resized)
+
+
+async def try_devices(vm: Supervisor) -> None:
+    """Try every device of a VM that was created, each for itself: that two want the same is not seen.
+
+    Raises what kept the first one from it.
+    """
+    async def attempt(device: Device) -> None:
+        with descriptors.lent(vm.require_core(), device) as fds:
+            await vm.nurseries.try_out(device, READY_TIMEOUT, fds)
+
+    tried = [attempt(device) for device in vm.config.devices]
+    for error in await asyncio.gather(*tried, return_exceptions=True):
+        if error is not None:
+            raise error

@@ -23,7 +23,7 @@ from cellvisor.controlplane import ratelimit
 from cellvisor.controlplane.blob import Life
 from cellvisor.controlplane.corelink import CoreLink
 from cellvisor.controlplane.events import EventLog
-from cellvisor.controlplane.incarnation import GAVE_UP, cannot_serve
+from cellvisor.controlplane.incarnation import GAVE_UP, READY_TIMEOUT, cannot_serve
 from cellvisor.controlplane.incarnation import Incarnation as Incarnation
 from cellvisor.controlplane.incarnation import State as State
 from cellvisor.controlplane.inventory import Device
@@ -36,7 +36,6 @@ from cellvisor.core import log
 from cellvisor.core.errors import CellvisorError, Conflict, NotFound, TryAgain
 from cellvisor.core.wire.messages import CoreVerb
 
-READY_TIMEOUT = 60.0
 START_TIMEOUT = 30.0  # of a successor: it may wait 10 s for the fence
 LIMITS = ("hang_timeout", "io_timeout")  # options that core acts on
 REPORT_DELAY = 0.05  # core's report of a death and the nursery's come one shortly after the other

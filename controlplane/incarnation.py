@@ -11,6 +11,7 @@ from cellvisor.controlplane.inventory import Device
 from cellvisor.core.errors import UsageError
 
 GAVE_UP = "its process ended"
+READY_TIMEOUT = 60.0  # seconds for a process to serve, or to say that it cannot
 
 
 class State(StrEnum):

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from cellvisor.controlplane import booting, descriptors, vmconfig
+from cellvisor.controlplane import booting, vmconfig
 from cellvisor.core.errors import CellvisorError, Conflict, TryAgain
 from cellvisor.core.wire.messages import CoreVerb
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from cellvisor.controlplane.supervisor import Supervisor
 
 Handler = Callable[[dict[str, Any]], Awaitable[Any]]
-READY_TIMEOUT = 60.0  # of one device, when all are tried
 COUNT_TIMEOUT = 2.0
 RESIZE_TIMEOUT = 30.0
 
@@ -38,21 +37,6 @@ def checks(vm: Supervisor, turn: asyncio.Lock) -> dict[str, Handler]:
     life = Life(vm, turn)
     return {"create": life.check_create, "boot": life.check_boot, "resize-disk": life.check_resize,
             "set-link": life.check_link}
-
-
-async def try_devices(vm: Supervisor) -> None:
-    """Try every device of a VM that was created, each for itself: that two want the same is not seen.
-
-    Raises what kept the first one from it.
-    """
-    async def attempt(device: Device) -> None:
-        with descriptors.lent(vm.require_core(), device) as fds:
-            await vm.nurseries.try_out(device, READY_TIMEOUT, fds)
-
-    tried = [attempt(device) for device in vm.config.devices]
-    for error in await asyncio.gather(*tried, return_exceptions=True):
-        if error is not None:
-            raise error
 
 
 class Life:
@@ -90,7 +74,7 @@ class Life:
         """Return the devices that would be started."""
         async with self._turn:
             self._refuse_boot()
-            await try_devices(self._vm)
+            await booting.try_devices(self._vm)
             return self._vm.config.devices
 
     def _refuse_boot(self) -> None:

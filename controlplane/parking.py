@@ -11,18 +11,16 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from cellvisor.controlplane.events import EventLog
-from cellvisor.controlplane.incarnation import Incarnation, State
+from cellvisor.controlplane.incarnation import READY_TIMEOUT, Incarnation, State, cannot_serve
 from cellvisor.controlplane.processes import kill_pidfd
 from cellvisor.controlplane.recovery import Budget
 from cellvisor.controlplane.waiting import wait_pidfd
 from cellvisor.core import log
-from cellvisor.core.errors import CellvisorError, Conflict, NotFound, TryAgain, UsageError
+from cellvisor.core.errors import CellvisorError, Conflict, NotFound, TryAgain
 
 if TYPE_CHECKING:
     from cellvisor.controlplane.fleet import Fleet
     from cellvisor.controlplane.inventory import Device
-
-READY_TIMEOUT = 60.0
 
 
 class Parking:
@@ -91,7 +89,7 @@ class Parking:
         """Its drain process has ended."""
         one.state = State.PARKED
         if not one.ready.done():
-            one.ready.set_exception(UsageError(f"{one.device.id}: {one.reason}"))
+            one.ready.set_exception(cannot_serve(one.device.id, one.reason))
         self._events.emit("device.drained", device=one.device.id, generation=one.generation, pid=one.pid,
                           reason=one.reason)
 

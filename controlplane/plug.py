@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from cellvisor.controlplane import descriptors
 from cellvisor.controlplane.events import Event
 from cellvisor.controlplane.farewell import answer_of_guest, see_off
-from cellvisor.controlplane.fleet import READY_TIMEOUT, Fleet
+from cellvisor.controlplane.fleet import Fleet
+from cellvisor.controlplane.incarnation import READY_TIMEOUT
 from cellvisor.controlplane.inventory import Device, Wanted
 from cellvisor.controlplane.operations import FINAL, Operation, Operations, OpState
 from cellvisor.controlplane.pending import Pending

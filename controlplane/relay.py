@@ -13,9 +13,8 @@ import asyncio
 import base64
 import binascii
 import contextlib
-import fcntl
 import os
-import socket
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from cellvisor.core.errors import Conflict, NotFound, UsageError
@@ -74,7 +73,7 @@ class Port:
         self._lease: asyncio.TimerHandle | None = None
 
     @contextlib.contextmanager
-    def used(self, place: ports.Place) -> Any:
+    def used(self, place: ports.Place) -> Iterator[None]:
         """Have it open, at `place`, and for LEASE seconds more. Raises Conflict or NotFound if it cannot be opened."""
         if self._fd >= 0 and self._place != place:
             self.close()  # the VM was booted anew
@@ -157,22 +156,13 @@ class Port:
 def _open(kind: str, path: str) -> int:
     """Open it as somebody at a terminal of its machine would. Raises Conflict, NotFound."""
     try:
-        if kind == "socket":
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-                sock.setblocking(False)
-                sock.connect(path)
-                return sock.detach()
-        fd = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC | os.O_NONBLOCK)
+        return ports.take((kind, path), blocking=False)
     except BlockingIOError:
-        raise Conflict(f"{path}: somebody else is attached") from None
+        if kind == "socket":
+            raise Conflict(f"{path}: somebody else is attached") from None
+        raise Conflict(f"{path}: somebody on its own machine is attached", hint="who leaves with Ctrl-]") from None
     except OSError as error:
         raise NotFound(f"{path}: {error.strerror}") from None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # two readers would get half of the bytes each
-    except OSError:
-        os.close(fd)
-        raise Conflict(f"{path}: somebody on its own machine is attached", hint="who leaves with Ctrl-]") from None
-    return fd
 
 
 def _bytes(text: str) -> bytes:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import zmq.asyncio
 
-from cellvisor.controlplane import adopt, booting, descriptors, lifeverbs, report, vmconfig
+from cellvisor.controlplane import adopt, booting, descriptors, report, vmconfig
 from cellvisor.controlplane.api import Api
 from cellvisor.controlplane.config import Payload, VmConfig
 from cellvisor.controlplane.corelink import CoreLink
@@ -139,7 +139,7 @@ class Supervisor:
         if order is not None:
             self.create(order)
             if self.flags.dry_run:
-                await lifeverbs.try_devices(self)
+                await booting.try_devices(self)
                 self.end(0)
                 return
         self.open_api()

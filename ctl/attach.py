@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import select
-import socket
 import termios
 import tty
 from collections.abc import Callable, Iterator
 
 from cellvisor.core.errors import CellvisorError, Conflict, NotFound
+from cellvisor.core.wire import ports
 
 ESCAPE = b"\x1d"  # Ctrl-]
 CHUNK = 1 << 16
@@ -25,7 +24,9 @@ def attach(kind: str, path: str, stdin: int = 0, stdout: int = 1,
     `resized` is told the size of the terminal (columns, rows), and each other one that it gets.
     """
     try:
-        fd = _open(kind, path)
+        fd = ports.take((kind, path))
+    except BlockingIOError:
+        raise Conflict(f"{path}: somebody else is attached", hint="who leaves with Ctrl-]") from None
     except OSError as error:
         raise NotFound(f"{path}: {error.strerror}", hint="is somebody else attached?") from None
     try:
@@ -42,20 +43,6 @@ def size(fd: int) -> tuple[int, int] | None:
     except OSError:
         return None
     return (found.columns, found.lines) if found.columns and found.lines else None
-
-
-def _open(kind: str, path: str) -> int:
-    if kind == "pty":
-        fd = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # two readers would get half of the bytes each
-        except BlockingIOError:
-            os.close(fd)
-            raise Conflict(f"{path}: somebody else is attached", hint="who leaves with Ctrl-]") from None
-        return fd
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.connect(path)
-        return sock.detach()
 
 
 @contextlib.contextmanager

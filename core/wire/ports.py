@@ -1,7 +1,10 @@
-"""Which of a VM's consoles somebody can be at, told by its VmConfig: those that are a pty or a socket."""
+"""Which of a VM's consoles somebody can be at, told by its VmConfig: a pty or a socket each; and how to be there."""
 
 from __future__ import annotations
 
+import fcntl
+import os
+import socket
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,3 +39,23 @@ def choose(config: Mapping[str, Any], wanted: str | None, vm: str) -> tuple[str,
             "start the VM with --console pty, --serial pty or socket=PATH"
         raise NotFound(f"{vm}: {PLAIN.get(key, key)} is neither a pty nor a socket", hint=known)
     return key, found[key]
+
+
+def take(place: Place, *, blocking: bool = True) -> int:
+    """Open a console as the one who is at it: two readers of a pty would get half of the bytes each.
+
+    Raises OSError: BlockingIOError if somebody else is there, which of a socket only who does not block is told.
+    """
+    kind, path = place
+    if kind == "socket":
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.setblocking(blocking)
+            sock.connect(path)
+            return sock.detach()
+    fd = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC | (0 if blocking else os.O_NONBLOCK))
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd

@@ -117,16 +117,14 @@ def _given(options: Any) -> str:
 
 def _try_taps(options: Any, count: int, what: str, given: list[int]) -> list[Any]:
     """Refuse what open_taps() would; returns stand-ins."""
-    if options.fd:
-        from cellvisor.devices.backends.taptrial import Untried
+    from cellvisor.devices.backends import taptrial
 
-        found = [Untried(*look(fd, what)) for fd in given]
+    if options.fd:
+        found = [taptrial.Untried(*look(fd, what)) for fd in given]
         if len(found) < count:
             raise _none_came(what)
         _check_together(what, found)
         return found
-    from cellvisor.devices.backends import taptrial
-
     taptrial.check(options.tap or None, count, _given(options), *_to_set(options))
     return taptrial.stand_ins(what, count)
 

@@ -18,6 +18,7 @@ import pytest
 
 from cellvisor.controlplane import relay
 from cellvisor.core.errors import Conflict, NotFound, UsageError
+from cellvisor.core.wire import ports
 from cellvisor.core.wire.control import VERBS, check_args
 from cellvisor.ctl import attach
 
@@ -166,7 +167,7 @@ def test_nobody_looks_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_at_a_time_here_and_afar() -> None:
     async def test(guest: Guest) -> None:
-        fd = attach._open("pty", guest.path)
+        fd = ports.take(("pty", guest.path))
         with pytest.raises(Conflict, match="somebody on its own machine is attached"):
             await guest.ask()
         os.close(fd)

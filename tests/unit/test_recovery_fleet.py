@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -50,6 +49,20 @@ class Vm:
 
     def leave(self, device: str) -> None:
         pass
+
+    def hold(self, generation: int, error: Exception | None = None) -> asyncio.Event:
+        """Have the fork of one generation wait for the event that is returned, and fail then if there is an `error`."""
+        go_on, fork = asyncio.Event(), self.spawn
+
+        async def spawn(device: str, number: int, **args: Any) -> tuple[int, int]:
+            if number == generation:
+                await go_on.wait()
+                if error is not None:
+                    raise error
+            return await fork(device, number, **args)
+
+        self.spawn = spawn  # type: ignore[method-assign]
+        return go_on
 
     def say(self, name: str, **properties: Any) -> None:
         """Be core."""
@@ -240,32 +253,6 @@ def test_a_reset_that_begins_while_parked() -> None:
         assert (await vm.until(2))["drain"] is True
 
     play(scene, restart_budget=0)
-
-
-def test_a_successor_that_comes_too_late_does_not_harm_the_next_device_of_that_name() -> None:
-    async def scene(vm: Vm) -> None:
-        forked, fork = asyncio.Event(), vm.spawn
-
-        async def spawn(device: str, generation: int, **args: Any) -> tuple[int, int]:
-            if generation == 2:
-                await forked.wait()
-            return await fork(device, generation, **args)
-
-        vm.spawn = spawn  # type: ignore[method-assign]
-        vm.exited(-signal.SIGKILL)
-        while len(vm.attached) < 2:
-            await asyncio.sleep(0)
-        vm.fleet.retire("data")
-        other = await vm.fleet.start(replace(vm.device))
-        vm.say("ready")
-        forked.set()
-        assert (await vm.until(3))["generation"] == 2
-        while vm.processes[-1].poll() is None:
-            await asyncio.sleep(0.01)
-        assert (vm.latest(), other.state) == (other, "serving")
-        assert "device.failed" not in vm.names()
-
-    play(scene)
 
 
 def test_a_successor_that_is_coming_finishes_the_reset() -> None:

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
@@ -57,13 +56,7 @@ def test_a_drain_process_whose_end_is_told_before_it_is_seen() -> None:
 
 def test_a_device_removed_while_its_nursery_dies_is_not_started_again() -> None:
     async def scene(vm: Vm) -> None:
-        died = asyncio.Event()
-
-        async def spawn(device: str, generation: int, **args: Any) -> tuple[int, int]:
-            await died.wait()
-            raise TryAgain(f"{device}: its nursery hung", code=DIED)
-
-        vm.spawn = spawn  # type: ignore[method-assign]
+        died = vm.hold(2, TryAgain("data: its nursery hung", code=DIED))
         vm.exited(-signal.SIGKILL)
         while len(vm.attached) < 2:
             await asyncio.sleep(0)
@@ -75,17 +68,28 @@ def test_a_device_removed_while_its_nursery_dies_is_not_started_again() -> None:
     play(scene)
 
 
+def test_a_successor_that_comes_too_late_does_not_harm_the_next_device_of_that_name() -> None:
+    async def scene(vm: Vm) -> None:
+        forked = vm.hold(2)
+        vm.exited(-signal.SIGKILL)
+        while len(vm.attached) < 2:
+            await asyncio.sleep(0)
+        vm.fleet.retire("data")
+        other = await vm.fleet.start(replace(vm.device))
+        vm.say("ready")
+        forked.set()
+        assert (await vm.until(3))["generation"] == 2
+        while vm.processes[-1].poll() is None:
+            await asyncio.sleep(0.01)
+        assert (vm.latest(), other.state) == (other, "serving")
+        assert "device.failed" not in vm.names()
+
+    play(scene)
+
+
 def test_a_start_that_fails_late_does_not_park_who_serves_by_then() -> None:
     async def scene(vm: Vm) -> None:
-        forked, fork = asyncio.Event(), vm.spawn
-
-        async def spawn(device: str, generation: int, **args: Any) -> tuple[int, int]:
-            if generation == 2:
-                await forked.wait()
-                raise TryAgain(f"{device}: its nursery hung", code=DIED)
-            return await fork(device, generation, **args)
-
-        vm.spawn = spawn  # type: ignore[method-assign]
+        forked = vm.hold(2, TryAgain("data: its nursery hung", code=DIED))
         vm.exited(-signal.SIGKILL)
         while len(vm.attached) < 2:
             await asyncio.sleep(0)

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.debian import Missing, need
-from tests.lab import image, initramfs, place, recipe, tree
+from tests.lab import demo, image, initramfs, place, recipe, tree
+from tests.lab.l1 import Hung
 from tests.lab.recipe import CHECKOUT
 
 
@@ -92,6 +93,35 @@ def test_the_place_can_be_chosen(monkeypatch: pytest.MonkeyPatch, wish: str, dir
     monkeypatch.setenv("CELLVISOR_LAB", wish + "x")
     with pytest.raises(ValueError, match="write nested or direct"):
         place.find()
+
+
+@pytest.mark.parametrize(("hangs", "status", "machines"), [(0, 0, 1), (1, 0, 2), (2, 2, 2)])
+def test_a_demo_whose_machine_hangs_runs_once_more(monkeypatch: pytest.MonkeyPatch, hangs: int, status: int,
+                                                   machines: int, capsys: pytest.CaptureFixture[str]) -> None:
+    booted: list[Machine] = []
+
+    class Machine:
+        boot_seconds = 1.0
+
+        def __enter__(self) -> Machine:
+            booted.append(self)
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def run(self, *args: object, **more: object) -> tuple[int, str]:
+            if len(booted) <= hangs:
+                raise Hung("its heart stopped")
+            return 0, ""
+
+    monkeypatch.delenv("CELLVISOR_IN_LAB", raising=False)
+    monkeypatch.setenv("CELLVISOR_LAB", "nested")
+    monkeypatch.setattr(image, "l1", lambda: None)
+    monkeypatch.setattr(demo, "L1", Machine)
+    assert demo.main() == status
+    assert len(booted) == machines
+    assert capsys.readouterr().out.count("runs once more") == min(hangs, 1)
 
 
 CONFTEST = """

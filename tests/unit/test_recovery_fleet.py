@@ -285,6 +285,20 @@ def test_drain_processes_that_die_are_not_started_for_ever() -> None:
     play(scene, restart_budget=0)
 
 
+def test_a_drain_process_that_cannot_serve_is_an_error_of_who_wanted_it() -> None:
+    async def scene(vm: Vm) -> None:
+        vm.exited(-signal.SIGKILL)
+        await vm.event("device.parked")
+        draining = asyncio.create_task(vm.fleet.parking.drain("data"))
+        await vm.until(2)
+        vm.say("failed", reason="no room")
+        with pytest.raises(UsageError, match=r"^data: killed by SIGKILL"):
+            await draining
+        assert vm.latest().state == "parked"
+
+    play(scene, restart_budget=0)
+
+
 def test_reviving_ends_the_drain_process() -> None:
     async def scene(vm: Vm) -> None:
         vm.exited(-signal.SIGKILL)
